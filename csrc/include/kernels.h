@@ -1,0 +1,18 @@
+// The function table that each ISA level fills in (csrc/cpu/kernels.cpp) and csrc/dispatch.cpp chooses from.
+#pragma once
+
+namespace tk {
+
+struct Kernels {
+  const char* level = nullptr;  // "baseline", "avx2", "avx512" or "amx"
+};
+
+// The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.
+// Throws std::runtime_error when that names a level this CPU or build does not have.
+const Kernels& kernels();
+// Levels this CPU runs and this build has, lowest first; ends with nullptr.
+const char* const* isa_levels();
+// Chooses a level by name from here on; for tests.
+void set_isa(const char* level);
+
+}  // namespace tk
