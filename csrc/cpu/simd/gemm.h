@@ -1,0 +1,354 @@
+// Packed matrix product, the micro-kernel everything else stands on: C[M, N] (+)= A[M, K] · B[N, K]ᵀ, C in float.
+//
+//   using G = Gemm<T>;                 T is the compute type: float anywhere, bf16 on the AMX level only.
+//   using T = Compute<S>;              the compute type for storage type S: bf16 stays bf16 under AMX, all else is float
+//   G::MR, G::NR, G::KU                rows of an A panel, columns of a B panel, granularity of K:
+//                                        float  12 x 32 x 1 (AVX-512), 6 x 16 x 1 (AVX2), 6 x 8 x 1 (baseline)
+//                                        bf16   32 x 32 x 32 (four accumulator tiles)
+//   G::size_a(M, K), G::size_b(N, K)   elements of T a packed operand takes; panel p starts at p * MR * padded_k(K)
+//                                      (p * NR * padded_k(K)), so panels may be packed and used one by one
+//   G::pack_a  (src, stride, M, K, dst)   src[m * stride + k]   (rows contiguous in k: x, queries)
+//   G::pack_a_t(src, stride, M, K, dst)   src[k * stride + m]   (contiguous in m: a transposed left operand)
+//   G::pack_b  (src, stride, N, K, dst)   src[n * stride + k]   (weights [V, D], keys [T, D])
+//   G::pack_b_t(src, stride, N, K, dst)   src[k * stride + n]   (values [T, D], the right operand of dW)
+//                                      src is float, bf16 or f16 and is converted to T; pads with zeros
+//   G::gemm(M, N, K, A, B, C, ldc, accumulate)   accumulate: C += A·Bᵀ, else C = A·Bᵀ (C is then never read)
+//   G::gemm_panels(M, N, K, A, a_panel, B, b_panel, C, ldc, accumulate)
+//                                      the same on panels that lie a_panel and b_panel elements apart: a range of k of longer
+//                                      panels (start at A + k * MR, B + k * NR). Float also takes an A that is not packed:
+//                                      gemm_panels<RS, CS> reads element (m, k) of a panel at m * RS + k * CS
+//   G::KB                              the summation block, below
+//
+// All pointers may be unaligned, but packed operands on 64 bytes are faster. On the AMX level a thread calls gemm
+// inside a TileRegion (parallel_for opens one). Nothing here allocates or starts threads.
+//
+// Order of summation, the contract: an element of C is the sum over k in one fixed order that depends on K alone,
+// whatever M, N, the element's place in a tile or the caller's split into panels.
+//   float: one chain of FMAs within each block of KB = 256 values of k counted from 0, block sums added in order
+//          (to the old C first when accumulating). Splitting K into calls is the same sum if the cuts are multiples of KB.
+//   bf16:  one chain over pairs of k (TDPBF16PS: subnormals are zero), continued from the old C when accumulating. Splitting
+//          K into calls is the same sum if the cuts are multiples of 32.
+// What pads M and N never mixes with real rows and columns, so a NaN stays in its row.
+#pragma once
+
+#include "amx.h"
+
+namespace tk::TK_ISA {
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T> struct Gemm;
+
+// ------------------------------------------------------------------------------------------------ float
+
+template <> struct Gemm<float> {
+  using Type = float;
+  static constexpr int MR = W == 16 ? 12 : 6, NR = 2 * W, KU = 1, KB = 256;
+
+  static int64_t padded_k(int64_t K) { return K; }
+  static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * K; }
+  static int64_t size_b(int64_t N, int64_t K) { return round_up(N, NR) * K; }
+
+  template <class S> static void pack_a(const S* src, int64_t stride, int64_t M, int64_t K, float* dst) {
+    pack_rows<MR>(src, stride, M, K, dst);
+  }
+  template <class S> static void pack_b(const S* src, int64_t stride, int64_t N, int64_t K, float* dst) {
+    pack_rows<NR>(src, stride, N, K, dst);
+  }
+  template <class S> static void pack_a_t(const S* src, int64_t stride, int64_t M, int64_t K, float* dst) {
+    pack_columns<MR>(src, stride, M, K, dst);
+  }
+  template <class S> static void pack_b_t(const S* src, int64_t stride, int64_t N, int64_t K, float* dst) {
+    pack_columns<NR>(src, stride, N, K, dst);
+  }
+
+  static void gemm(int64_t M, int64_t N, int64_t K, const float* A, const float* B, float* C, int64_t ldc,
+                   bool accumulate) {
+    gemm_panels(M, N, K, A, MR * K, B, NR * K, C, ldc, accumulate);
+  }
+  template <int64_t RS = 1, int64_t CS = MR>
+  static void gemm_panels(int64_t M, int64_t N, int64_t K, const float* A, int64_t a_panel, const float* B,
+                          int64_t b_panel, float* C, int64_t ldc, bool accumulate) {
+    if (K == 0 && !accumulate) {
+      for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
+      return;
+    }
+    for (int64_t k = 0; k < K; k += KB) {
+      const int64_t kn = least(KB, K - k);
+      const bool add = accumulate || k > 0;
+      // A block of a B panel (32 KiB) stays in L1 while the A panels stream past it.
+      for (int64_t n = 0; n < N; n += NR) {
+        const float* b = B + n / NR * b_panel + k * NR;
+        const int cols = (int)least(NR, N - n);
+        for (int64_t m = 0; m < M; m += MR)
+          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, b, C + m * ldc + n, ldc, cols, add);
+      }
+    }
+  }
+
+ private:
+  // dst[panel][k][P] from rows contiguous in k, W x W blocks at a time.
+  template <int P, class S> static void pack_rows(const S* src, int64_t stride, int64_t rows, int64_t K, float* dst) {
+    for (int64_t r = 0; r < rows; r += P, dst += P * K) {
+      const int64_t left = least(P, rows - r);
+      for (int64_t k = 0; k < K; k += W) strips<P, 0>(src + r * stride + k, stride, left, (int)least(W, K - k), dst + k * P);
+    }
+  }
+  template <int P, int R, class S> static void strips(const S* src, int64_t stride, int64_t rows, int kn, float* dst) {
+    constexpr int lanes = P - R < W ? P - R : W;
+    vi v[W];
+    if (rows >= lanes && kn == W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = i < lanes ? as_int(load(src + i * stride)) : vi{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) memcpy(dst + i * P, &v[i], lanes * 4);
+    } else {
+      for (int i = 0; i < W; ++i) v[i] = i < rows && i < lanes ? as_int(load_n(src + i * stride, kn)) : vi{};
+      transpose(v);
+      for (int i = 0; i < kn; ++i) memcpy(dst + i * P, &v[i], lanes * 4);
+    }
+    if constexpr (R + W < P) strips<P, R + W>(src + W * stride, stride, rows - W, kn, dst + W);
+  }
+
+  // dst[panel][k][P] from columns: row k of a panel is P neighbours in memory.
+  template <int P, class S> static void pack_columns(const S* src, int64_t stride, int64_t cols, int64_t K, float* dst) {
+    for (int64_t c = 0; c < cols; c += P) {
+      const int left = (int)least(P, cols - c);
+      for (int64_t k = 0; k < K; ++k, dst += P) {
+        const S* row = src + k * stride + c;
+        for (int i = 0; i < P; i += W) {
+          const vf x = load_n(row + i, left - i);
+          memcpy(dst + i, &x, (P - i < W ? P - i : W) * 4);
+        }
+      }
+    }
+  }
+
+  // R x NR of C from one panel of each; 2R accumulators, all in registers.
+  template <int R, int64_t RS, int64_t CS>
+  static void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add) {
+    vf acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+    for (int64_t k = 0; k < K; ++k, a += CS, b += NR) {
+      const vf b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf x = splat(a[r * RS]);
+        acc[r][0] = fma(x, b0, acc[r][0]);
+        acc[r][1] = fma(x, b1, acc[r][1]);
+      }
+    }
+    if (cols == NR) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float* row = c + r * ldc;
+        store(row, add ? load(row) + acc[r][0] : acc[r][0]);
+        store(row + W, add ? load(row + W) + acc[r][1] : acc[r][1]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        for (int h = 0; h < 2; ++h) {
+          const int n = cols - h * W;
+          if (n <= 0) break;
+          float* row = c + r * ldc + h * W;
+          store_n(row, add ? load_n(row, n) + acc[r][h] : acc[r][h], n);
+        }
+    }
+  }
+  template <int R, int64_t RS, int64_t CS>
+  static void tile_of(int rows, int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add) {
+    if (rows == R) return tile<R, RS, CS>(K, a, b, c, ldc, cols, add);
+    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, b, c, ldc, cols, add);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ bf16 on AMX
+
+#if defined(__AMX_BF16__)
+
+template <> struct Gemm<bf16> {
+  using Type = bf16;
+  static constexpr int MR = 32, NR = 32, KU = 32, KB = 512;  // KB: 32 KiB of an A panel stay in L1
+  static constexpr int kTile = 512;                          // elements of one tile, 1 KiB
+
+  static int64_t padded_k(int64_t K) { return round_up(K, KU); }
+  static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * padded_k(K); }
+  static int64_t size_b(int64_t N, int64_t K) { return round_up(N, NR) * padded_k(K); }
+
+  // A panel: [k / 32][2 tiles][16 rows][32 k]
+  template <class S> static void pack_a(const S* src, int64_t stride, int64_t M, int64_t K, bf16* dst) {
+    for (int64_t m = 0; m < round_up(M, MR); m += MR)
+      for (int64_t k = 0; k < K; k += KU)
+        for (int r = 0; r < MR; ++r, dst += 32)
+          _mm512_storeu_si512(dst, m + r < M ? load32(src + (m + r) * stride + k, least(32, K - k)) : _mm512_setzero_si512());
+  }
+  template <class S> static void pack_a_t(const S* src, int64_t stride, int64_t M, int64_t K, bf16* dst) {
+    for (int64_t m = 0; m < round_up(M, MR); m += MR)
+      for (int64_t k = 0; k < K; k += KU)
+        for (int t = 0; t < MR; t += 16, dst += kTile) {
+          vi v[16];
+          for (int i = 0; i < 16; ++i) v[i] = pairs(src, stride, k + 2 * i, K, m + t, M);
+          transpose(v);
+          for (int i = 0; i < 16; ++i) memcpy(dst + 32 * i, &v[i], 64);
+        }
+  }
+  // B panel: [k / 32][2 tiles][16 pairs of k][16 columns][2]
+  template <class S> static void pack_b(const S* src, int64_t stride, int64_t N, int64_t K, bf16* dst) {
+    for (int64_t n = 0; n < round_up(N, NR); n += NR)
+      for (int64_t k = 0; k < K; k += KU)
+        for (int t = 0; t < NR; t += 16, dst += kTile) {
+          vi v[16];
+          if (n + t + 16 <= N && k + 32 <= K) {
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) v[i] = (vi)load32(src + (n + t + i) * stride + k);
+          } else {
+            for (int i = 0; i < 16; ++i)
+              v[i] = n + t + i < N ? (vi)load32(src + (n + t + i) * stride + k, least(32, K - k)) : vi{};
+          }
+          transpose(v);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) memcpy(dst + 32 * i, &v[i], 64);
+        }
+  }
+  template <class S> static void pack_b_t(const S* src, int64_t stride, int64_t N, int64_t K, bf16* dst) {
+    for (int64_t n = 0; n < round_up(N, NR); n += NR)
+      for (int64_t k = 0; k < K; k += KU)
+        for (int t = 0; t < NR; t += 16, dst += kTile)
+          for (int i = 0; i < 16; ++i) {
+            const vi v = pairs(src, stride, k + 2 * i, K, n + t, N);
+            memcpy(dst + 32 * i, &v, 64);
+          }
+  }
+
+  static void gemm(int64_t M, int64_t N, int64_t K, const bf16* A, const bf16* B, float* C, int64_t ldc,
+                   bool accumulate) {
+    gemm_panels(M, N, K, A, MR * padded_k(K), B, NR * padded_k(K), C, ldc, accumulate);
+  }
+  static void gemm_panels(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t a_panel, const bf16* B,
+                          int64_t b_panel, float* C, int64_t ldc, bool accumulate) {
+    if (K == 0 && !accumulate) {
+      for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
+      return;
+    }
+    const int64_t Kp = padded_k(K);
+    for (int64_t k = 0; k < Kp; k += KB) {
+      const int64_t steps = least(KB, Kp - k) / KU;
+      const bool add = accumulate || k > 0;
+      for (int64_t m = 0; m < M; m += MR) {
+        const bf16* a = A + m / MR * a_panel + k * MR;
+        const int rows = (int)least(MR, M - m);
+        for (int64_t n = 0; n < N; n += NR) {
+          const bf16* b = B + n / NR * b_panel + k * NR;
+          const int cols = (int)least(NR, N - n);
+          float* c = C + m * ldc + n;
+          if (rows == MR && cols == NR) {
+            tiles_2x2(steps, a, b, c, ldc, add);
+          } else {
+            alignas(64) float edge[MR * NR];
+            if (add) copy(rows, cols, c, ldc, edge, NR);
+            if (rows > 16) tiles_2x2(steps, a, b, edge, NR, add);
+            else tiles_1x2(steps, a, b, edge, NR, add);
+            copy(rows, cols, edge, NR, c, ldc);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static __m512i load32(const bf16* p) { return _mm512_loadu_si512(p); }
+  static __m512i load32(const bf16* p, int64_t n) {
+    return n >= 32 ? load32(p) : _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+  }
+  template <class S> static __m512i load32(const S* p) { return round_pair(load(p), load(p + 16)); }
+  template <class S> static __m512i load32(const S* p, int64_t n) {
+    return n >= 32 ? load32(p) : round_pair(load_n(p, (int)n), n > 16 ? load_n(p + 16, (int)n - 16) : zero());
+  }
+  static __m512i round_pair(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+  static __m256i load16(const bf16* p, int64_t n) {
+    return n >= 16 ? _mm256_loadu_si256((const __m256i*)p) : n <= 0 ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  }
+  template <class S> static __m256i load16(const S* p, int64_t n) {
+    return n <= 0 ? _mm256_setzero_si256() : (__m256i)_mm512_cvtneps_pbh((__m512)load_n(p, (int)least(16, n)));
+  }
+  // 16 neighbours c of rows k and k + 1, interleaved: lane = (src[k][c], src[k + 1][c]).
+  template <class S> static vi pairs(const S* src, int64_t stride, int64_t k, int64_t K, int64_t c, int64_t C) {
+    const __m256i even = load16(src + k * stride + c, k < K ? C - c : 0);
+    const __m256i odd = load16(src + (k + 1) * stride + c, k + 1 < K ? C - c : 0);
+    return (vi)_mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
+
+  static void copy(int rows, int cols, const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
+  }
+
+  static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+    tile_fence();
+    const int64_t bytes = ldc * 4;
+    float* below = c + 16 * ldc;
+    if (add) {
+      _tile_loadd(0, c, bytes);
+      _tile_loadd(1, c + 16, bytes);
+      _tile_loadd(2, below, bytes);
+      _tile_loadd(3, below + 16, bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, bytes);
+    _tile_stored(1, c + 16, bytes);
+    _tile_stored(2, below, bytes);
+    _tile_stored(3, below + 16, bytes);
+  }
+  static void tiles_1x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+    tile_fence();
+    const int64_t bytes = ldc * 4;
+    if (add) {
+      _tile_loadd(0, c, bytes);
+      _tile_loadd(1, c + 16, bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, bytes);
+    _tile_stored(1, c + 16, bytes);
+  }
+};
+
+template <class S> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<bf16> { using type = bf16; };
+
+#else
+
+template <class S> struct ComputeOf { using type = float; };
+
+#endif
+
+template <class S> using Compute = typename ComputeOf<S>::type;
+
+}  // namespace tk::TK_ISA
