@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOSS_TYPES = (
@@ -155,7 +156,7 @@ def policy_loss(
         t = torch.where(a > 0, tau[0], tau[1]).to(compute)
         loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * a
     elif loss_type == "vespo":
-        loss = -_vespo_weight((logp - old).detach(), a, is_ratio) * a * logp
+        loss = -_vespo_weight((logp - old).detach(), a, is_ratio, on) * a * logp
     else:
         loss = -a * logp
 
@@ -269,27 +270,29 @@ def _rollout_ratio(
     return ratio.masked_fill((ratio < low) | (ratio > high), 0)
 
 
-def _vespo_weight(log_ratio: Tensor, a: Tensor, is_ratio: Tensor | None) -> Tensor:
+def _vespo_weight(log_ratio: Tensor, a: Tensor, is_ratio: Tensor | None, on: Tensor) -> Tensor:
     """φ(w) = exp(λ + k·ln w − λ·w), 1 at w = 1. log_ratio [B, S], 0 where masked -> like a."""
     log_w = log_ratio.clamp(-20, 20).sum(-1, keepdim=True)  # [B, 1]
     if is_ratio is not None:
-        log_w = log_w + is_ratio.log().clamp(_MIN_LOG_WEIGHT, _MAX_LOG_WEIGHT).sum(-1, keepdim=True)
+        log_is = is_ratio.log().clamp(_MIN_LOG_WEIGHT, _MAX_LOG_WEIGHT)
+        log_w = log_w + log_is.masked_fill(~on, 0).sum(-1, keepdim=True)
     log_w = log_w.clamp(_MIN_LOG_WEIGHT, _MAX_LOG_WEIGHT)
     k, lam = torch.where(a >= 0, 2.0, 3.0).to(a), torch.where(a >= 0, 3.0, 2.0).to(a)
     return (lam + k * log_w - lam * log_w.exp()).exp()
 
 
 def _top_entropy_mask(entropy: Tensor, on: Tensor, fraction: float) -> Tensor:
-    """The active tokens at or above the (1 − fraction) quantile of their entropies."""
-    seen = entropy[on]
-    if seen.numel() == 0:
-        return on
-    # By sorting and not torch.quantile, which refuses more than 2^24 entries; linear between neighbours like it.
-    position = (1 - fraction) * (seen.numel() - 1)
-    low = int(position)
-    ordered = seen.sort().values
-    threshold = torch.lerp(ordered[low], ordered[min(low + 1, seen.numel() - 1)], position - low)
-    return on & (entropy >= threshold)
+    """The active tokens at or above the (1 − fraction) quantile of their entropies (linear between neighbours).
+
+    By sorting and not torch.quantile, which refuses more than 2^24 entries; the masked ones sort behind the others.
+    """
+    ordered = entropy.masked_fill(~on, math.inf).flatten().sort().values
+    last = (on.sum() - 1).clamp(min=0)
+    position = (1 - fraction) * last.double()
+    low = position.long()
+    step = (position - low).to(entropy.dtype)
+    a, b = ordered[low], ordered[torch.minimum(low + 1, last)]
+    return on & (entropy >= a + step * (b - a))
 
 
 def _reduce(
@@ -330,15 +333,17 @@ def _ratio_metrics(
     epsilon_high: float | None,
     loss_type: str,
 ) -> dict[str, Tensor]:
-    """Clip fractions, the k3 estimate of KL(old ‖ new), and the ratio's extremes, over the active tokens."""
+    """Clip fractions, the k3 estimate of KL(old ‖ new), and the ratio's extremes, over the active tokens.
+
+    Without any active token the extremes are inf and -inf (padded, since amin takes no empty tensor).
+    """
     active = on.to(ratio.dtype)
     ratio = ratio.expand(on.shape)
-    inside = ratio[on] if bool(on.any()) else ratio.new_ones(1)
     out = {
         "approx_kl": _mean(log_ratio.exp() - 1 - log_ratio, active),
-        "ratio_mean": inside.mean(),
-        "ratio_min": inside.min(),
-        "ratio_max": inside.max(),
+        "ratio_mean": _mean(ratio, active),
+        "ratio_min": F.pad(ratio.masked_fill(~on, math.inf).flatten(), (0, 1), value=math.inf).amin(),
+        "ratio_max": F.pad(ratio.masked_fill(~on, -math.inf).flatten(), (0, 1), value=-math.inf).amax(),
     }
     if loss_type in _CLIPPED:
         high = epsilon if epsilon_high is None else epsilon_high
