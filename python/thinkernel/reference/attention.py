@@ -31,15 +31,18 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> tuple[Tensor, Tens
     `visible` is bool, broadcastable to `scores`. An empty row is computed on constant zeros and overwritten afterwards,
     so no gradient meets the `-inf - -inf` that a plain softmax of masked scores would produce.
     """
-    if visible is None and scores.shape[-1] > 0:
-        return scores.softmax(-1), scores.logsumexp(-1)
     if scores.shape[-1] == 0:
         return scores, scores.sum(-1) - torch.inf
-    empty = ~visible.any(-1, keepdim=True)  # [..., 1]
-    hidden = torch.zeros_like(empty, dtype=scores.dtype).masked_fill(~empty, -torch.inf)
-    scores = torch.where(visible, scores, hidden)
-    probs, lse = scores.softmax(-1), scores.logsumexp(-1)
-    if empty.any():
+    empty = None
+    if visible is not None:
+        empty = ~visible.any(-1, keepdim=True)  # [..., 1]
+        hidden = torch.zeros_like(empty, dtype=scores.dtype).masked_fill(~empty, -torch.inf)
+        scores = torch.where(visible, scores, hidden)
+    probs = scores.softmax(-1)
+    # lse = s - log p holds for every entry; the largest is the well-conditioned one, and this costs a quarter of logsumexp.
+    largest = scores.detach().max(-1, keepdim=True).indices
+    lse = (scores.gather(-1, largest) - probs.gather(-1, largest).log()).squeeze(-1)
+    if empty is not None and empty.any():
         probs, lse = probs.masked_fill(empty, 0.0), lse.masked_fill(empty.squeeze(-1), -torch.inf)
     return probs, lse
 
@@ -82,7 +85,7 @@ def visible_keys(
     return visible
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, sinks: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, sinks: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
     """q [B,S,H,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv], visible [B|1,S,T] -> out [B,S,H,Dv], lse [B,S,H]."""
     B, S, H, D = q.shape
     Hkv = k.shape[2]
@@ -132,7 +135,7 @@ def attention(
         padding = (keys < key_start[:, None])[:, :, None, None]  # [B, T, 1, 1]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
     visible = visible_keys(positions, keys, key_start, None, causal, window, chunk)
-    return _attend(q, k, v, visible, scale, sinks, softcap)
+    return attend(q, k, v, visible, scale, sinks, softcap)
 
 
 def _attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -204,7 +207,7 @@ def attention_decode(
         seqlens = seqlens + len(shared_k)
     positions = seqlens[:, None] + torch.arange(-Sq, 0, device=q.device)  # [B, Sq]
     visible = visible_keys(positions, torch.arange(k.shape[1], device=q.device), None, seqlens, causal, window, chunk)
-    return _attend(q, k, v, visible, scale, sinks, softcap)
+    return attend(q, k, v, visible, scale, sinks, softcap)
 
 
 def _gather_prefix(k: Tensor, v: Tensor, length: int | Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor]:
