@@ -115,7 +115,7 @@ template <> struct Gemm<float> {
   // dst[panel][k][P] from columns: row k of a panel is P neighbours in memory.
   template <int P, class S> static void pack_columns(const S* src, int64_t stride, int64_t cols, int64_t K, float* dst) {
     for (int64_t c = 0; c < cols; c += P) {
-      const int left = (int)least(P, cols - c);
+      const int left = (int)least(P + W, cols - c);  // a strip's last vector may read into the next panel's columns
       for (int64_t k = 0; k < K; ++k, dst += P) {
         const S* row = src + k * stride + c;
         for (int i = 0; i < P; i += W) {

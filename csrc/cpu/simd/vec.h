@@ -38,7 +38,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2), may_alias));
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // x - 0 folds away; x + 0 does not, it turns -0 into 0
 inline vi splat(int32_t x) { return vi{} + x; }
 inline vf zero() { return vf{}; }
 inline vi as_int(vf x) { return (vi)x; }
@@ -136,10 +136,14 @@ template <class S> inline vf load_n(const S* p, int n) {
 #if defined(__AVX512F__)
   const __mmask16 m = n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
   if constexpr (sizeof(S) == 4) return (vf)_mm512_maskz_loadu_ps(m, p);
-#endif
+  alignas(32) S tail[W];
+  _mm256_store_si256((__m256i*)tail, _mm256_maskz_loadu_epi16(m, p));
+  return load(tail);
+#else
   S tail[W] = {};
   for (int i = 0; i < n; ++i) tail[i] = p[i];
   return load(tail);
+#endif
 }
 
 // ---- vector stores
@@ -166,10 +170,14 @@ template <class S> inline void store_n(S* p, vf x, int n) {
 #if defined(__AVX512F__)
   const __mmask16 m = n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
   if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, m, (__m512)x);
-#endif
+  alignas(32) S tail[W];
+  store(tail, x);
+  _mm256_mask_storeu_epi16(p, m, _mm256_load_si256((const __m256i*)tail));
+#else
   S tail[W];
   store(tail, x);
   for (int i = 0; i < n; ++i) p[i] = tail[i];
+#endif
 }
 
 // ---- reductions over the lanes: halves added, then halves of those, ...
