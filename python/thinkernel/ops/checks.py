@@ -1,0 +1,117 @@
+"""Argument checks, shared by all families. Each error names the argument, what it got and what it takes.
+
+Shape, dtype and device checks run in the public functions (they trace under torch.compile); what index tensors contain
+is checked inside the ops: always on the CPU, on a GPU only with THINKERNEL_CHECK=1, since a check synchronises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def tensor(name: str, x: Any, dims: int | Sequence[int], shape: str, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    """x is a tensor of one of `dims` dimensions and one of `dtypes`; `shape` describes it, "[B, S, H, D]"."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor {shape}")
+    if x.dim() not in ((dims,) if isinstance(dims, int) else dims):
+        raise ValueError(f"{name}: got shape {list(x.shape)}, takes {shape}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {x.dtype}, takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    return x
+
+
+def size(name: str, x: Tensor, dim: int, want: int, what: str) -> None:
+    """x.shape[dim] == want, where `what` says what the size is, "B of q"."""
+    if x.shape[dim] != want:
+        raise ValueError(f"{name}: got size {x.shape[dim]} in dimension {dim}, takes {want} ({what}); its shape is {list(x.shape)}")
+
+
+def shape(name: str, x: Tensor, want: Sequence[int], what: str) -> None:
+    """x.shape == want, where `what` names the sizes, "[B, T, Hkv, D]"."""
+    if tuple(x.shape) != tuple(want):
+        raise ValueError(f"{name}: got shape {list(x.shape)}, takes {what} = {list(want)}")
+
+
+def same_dtype(name: str, x: Tensor, first: str, y: Tensor) -> None:
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name}: got {x.dtype}, takes the dtype of {first}, {y.dtype}")
+
+
+def same_device(first: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: got device {other.device}, takes the device of {first}, {x.device}")
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(repr(c) for c in choices)}")
+
+
+def positive(name: str, value: float | None, *, none_is_fine: bool = True) -> None:
+    if value is None and none_is_fine:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a positive number")
+    if not value > 0 or value == float("inf"):
+        raise ValueError(f"{name}: got {value}, takes a positive number")
+
+
+def integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes an integer of at least {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name}: got {value}, takes an integer of at least {minimum}")
+
+
+def not_yet(function: str, **arguments: Any) -> None:
+    """Each argument given (not None, not False) is one that no backend has yet."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{function}: {name} is not implemented yet")
+
+
+def checks_contents(x: Tensor) -> bool:
+    """Whether to look at what index tensors contain."""
+    return x.device.type == "cpu" or os.environ.get("THINKERNEL_CHECK") == "1"
+
+
+def within(name: str, x: Tensor | None, low: int, high: int, what: str) -> None:
+    """Every element of x lies in low..high inclusive; for use inside ops."""
+    if x is None or x.numel() == 0 or not checks_contents(x):
+        return
+    least, most = torch.aminmax(x)
+    if least < low or most > high:
+        wrong = int(least) if least < low else int(most)
+        raise ValueError(f"{name}: got {wrong}, takes values in {low}..{high} ({what})")
+
+
+def lengths_and_pages(seqlens: Tensor, block_table: Tensor | None, cache: Tensor, name: str) -> None:
+    """seqlens fit the cache, and every page that they use exists; entries past the end may hold anything."""
+    if not checks_contents(seqlens):
+        return
+    if block_table is None:
+        within("seqlens", seqlens, 0, cache.shape[1], f"the {name} holds {cache.shape[1]} positions")
+        return
+    page_size = cache.shape[1]
+    within("seqlens", seqlens, 0, block_table.shape[1] * page_size, "block_table's pages × page size")
+    first = torch.arange(block_table.shape[1], device=seqlens.device) * page_size  # [max_pages]
+    used = block_table[first < seqlens[:, None]]
+    within("block_table", used, 0, cache.shape[0] - 1, f"the {name} has {cache.shape[0]} pages")
+
+
+def cumulative(name: str, cu_seqlens: Tensor | None, total: int) -> None:
+    """cu_seqlens rises from 0 to `total`; for use inside ops."""
+    if cu_seqlens is None or not checks_contents(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if not values or values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:])):
+        raise ValueError(f"{name}: got {values[:4]}…{values[-1:]}, takes offsets rising from 0 to {total}")

@@ -1,0 +1,352 @@
+"""GRPO ops: log-probabilities without logits, advantages, policy loss. Formulas: reference/grpo.py and its parts.
+
+Shapes: N rows (tokens), D hidden, V vocabulary, B sequences, S tokens of a sequence, R rewards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops import checks
+from thinkernel.ops.library import Op, gradients, plain, reference_op
+from thinkernel.reference import grpo as reference
+from thinkernel.reference.advantages import group_advantages as _reference_advantages
+from thinkernel.reference.policy_loss import policy_loss as _reference_policy_loss
+
+_HEAD = "float temperature, float softcap, int ignore_index, bool entropy"
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_target(name: str, target: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Each target is a token number or ignore_index; for use inside ops."""
+    if checks.checks_contents(target):
+        wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+        if wrong.any():
+            value = int(target[wrong][0])
+            raise ValueError(f"{name}: got {value}, takes values in 0..{vocabulary - 1} or ignore_index {ignore_index}")
+
+
+# ---- linear_logprob --------------------------------------------------------------------------------------------
+
+linear_logprob_forward = Op(
+    "linear_logprob_forward",
+    f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_HEAD}) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, *rest: tuple(hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3)),
+)
+linear_logprob_backward = Op(
+    "linear_logprob_backward",
+    "(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor lse, "
+    f"Tensor ent, {_HEAD}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    lambda dlogprob, dentropy, hidden, weight, target, bias, lse, ent, t, s, i, e, need_hidden, need_weight, need_bias: (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    ),
+)
+
+
+@linear_logprob_forward.check
+def _check_linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    ignore_index: int, entropy: bool,
+) -> None:
+    _check_target("target", target, ignore_index, weight.shape[0])
+
+
+def _reference_head(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    ignore_index: int, entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    lp, ent = reference.linear_logprob(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap or None, ignore_index=ignore_index,
+        entropy=entropy,
+    )
+    return lp, torch.zeros_like(lp) if ent is None else ent
+
+
+@linear_logprob_forward.kernel("reference")
+def _reference_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lp, ent = _reference_head(*args)
+    return lp, ent, torch.zeros_like(lp)  # the reference's backward needs no lse
+
+
+@linear_logprob_backward.kernel("reference")
+def _reference_backward(
+    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    lse: Tensor, ent: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (hidden, weight, target, bias, temperature, softcap, ignore_index, entropy)
+    positions = [i for i, need in ((0, need_hidden), (1, need_weight), (3, need_bias)) if need]
+    found = dict(zip(positions, gradients(_reference_head, args, positions, (dlogprob, dentropy)), strict=True))
+    none = hidden.new_empty(0)
+    return found.get(0, none), found.get(1, weight.new_empty(0)), found.get(3, weight.new_empty(0))
+
+
+def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, target, bias = args[:4]
+    _, ent, lse = outputs
+    ctx.save_for_backward(hidden, weight, target, bias, lse, ent)
+    ctx.options = args[4:]
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, dlse: None) -> tuple[Any, ...]:
+    hidden, weight, target, bias, lse, ent = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    if dlogprob is None and dentropy is None:
+        return (None,) * 8
+    dlogprob = torch.zeros_like(lse) if dlogprob is None else dlogprob
+    dh, dw, db = linear_logprob_backward(
+        dlogprob, dentropy, hidden, weight, target, bias, lse, ent, *ctx.options, need_hidden, need_weight,
+        need_bias and bias is not None,
+    )
+    return (
+        dh if need_hidden else None, dw if need_weight else None, None,
+        db if need_bias and bias is not None else None, *(None,) * 4,
+    )
+
+
+linear_logprob_forward.differentiate(_setup, _backward, reference=_reference_forward)
+linear_logprob_forward.autocast("hidden", "weight", "bias")
+linear_logprob_backward.refuse_gradient("double backward is not supported")
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = True,
+    keep_logits: bool = False,
+    group: object | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target token and entropy of its distribution, without a [N, V] buffer.
+
+    y = hidden·weightᵀ + bias, z = c·tanh(y / c) / temperature (no softcap: y / temperature), both of softmax(z).
+
+    Args:
+        hidden: [N, D] or [B, S, D]; float32, bfloat16, float16 (float64: reference).
+        weight: [V, D] in hidden's dtype; any V.
+        target: [N] or [B, S] integers in 0..V − 1, or ignore_index: such a row gives 0, 0, gradient 0 and no work.
+        bias: [V]. temperature: > 0. softcap: c > 0 or None. entropy: False returns None for it and saves its work.
+        keep_logits, group: not implemented yet.
+
+    Returns logprob, entropy: float32, of target's shape. Both are differentiable in hidden, weight and bias; the sums
+    are accumulated in float32 in one fixed order, so a row's bits depend on that row alone.
+    Raises ValueError or TypeError naming the argument. Cost: forward 2NDV FLOPs, with backward four times that.
+    """
+    checks.tensor("hidden", hidden, (2, 3), "[N, D] or [B, S, D]")
+    checks.tensor("weight", weight, 2, "[V, D]")
+    checks.size("weight", weight, 1, hidden.shape[-1], "D of hidden")
+    if weight.shape[0] == 0:
+        raise ValueError("weight: got a vocabulary of 0, takes at least 1")
+    checks.tensor("target", target, hidden.dim() - 1, "[N] or [B, S]", checks.INTEGERS)
+    checks.shape("target", target, hidden.shape[:-1], "hidden's shape without D")
+    if bias is not None:
+        checks.tensor("bias", bias, 1, "[V]")
+        checks.shape("bias", bias, weight.shape[:1], "[V]")
+    if not torch.is_autocast_enabled(hidden.device.type):
+        checks.same_dtype("weight", weight, "hidden", hidden)
+        if bias is not None:
+            checks.same_dtype("bias", bias, "hidden", hidden)
+    checks.positive("temperature", temperature, none_is_fine=False)
+    checks.positive("softcap", softcap)
+    checks.same_device("hidden", hidden, weight=weight, target=target, bias=bias)
+    checks.not_yet("linear_logprob", keep_logits=keep_logits, group=group)
+    lp, ent, _ = linear_logprob_forward(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, float(temperature),
+        float(softcap or 0.0), ignore_index, bool(entropy),
+    )
+    return lp.view(target.shape), ent.view(target.shape) if entropy else None
+
+
+# ---- logprob from given logits ---------------------------------------------------------------------------------
+
+
+def _logprob(
+    logits: Tensor, target: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    lp, ent = reference.logprob(
+        logits, target, temperature=temperature, softcap=softcap or None, ignore_index=ignore_index, entropy=entropy
+    )
+    return lp, torch.zeros_like(lp) if ent is None else ent
+
+
+logprob_op = reference_op(
+    "logprob",
+    f"(Tensor logits, Tensor target, {_HEAD}) -> (Tensor, Tensor)",
+    lambda logits, target, *rest: tuple(logits.new_empty(target.shape, dtype=_wide(logits)) for _ in range(2)),
+    _logprob,
+    differentiable=("logits",),
+)
+
+
+@logprob_op.check
+def _check_logprob(logits: Tensor, target: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool) -> None:
+    _check_target("target", target, ignore_index, logits.shape[-1])
+
+
+def logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """linear_logprob from given logits: logits [N, V] or [B, S, V], target [N] or [B, S] -> logprob, entropy float32."""
+    checks.tensor("logits", logits, (2, 3), "[N, V] or [B, S, V]")
+    if logits.shape[-1] == 0:
+        raise ValueError("logits: got a vocabulary of 0, takes at least 1")
+    checks.tensor("target", target, logits.dim() - 1, "[N] or [B, S]", checks.INTEGERS)
+    checks.shape("target", target, logits.shape[:-1], "logits' shape without V")
+    checks.positive("temperature", temperature, none_is_fine=False)
+    checks.positive("softcap", softcap)
+    checks.same_device("logits", logits, target=target)
+    lp, ent = logprob_op(logits, target, float(temperature), float(softcap or 0.0), ignore_index, bool(entropy))
+    return lp, ent if entropy else None
+
+
+# ---- advantages and policy loss: plain torch over [B, S] --------------------------------------------------------
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    normalize: str = "group",
+    aggregation: str = "sum_then_normalize",
+    whiten_over: str = "samples",
+    weights: Tensor | None = None,
+    eps: float = 1e-6,
+    correction: int = 1,
+    return_zero_variance: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Advantages of sampled completions within their groups: rewards [R] or [R, n_rewards] -> [R].
+
+    Groups are group_size neighbours or the samples of equal group_ids [R]. normalize: "group" (r − m) / (std + eps)
+    (GRPO, arXiv 2402.03300), "none" r − m (Dr. GRPO, 2503.20783), "batch", …; the table is in reference/advantages.py.
+    NaN rewards are unscorable and left out; a group of equal rewards gives exactly 0. weights [n_rewards] sums several
+    rewards. correction: 1 for the Bessel-corrected std, 0 for the population's. return_zero_variance: also return
+    bool [R], True where the sample's group teaches nothing.
+    """
+    checks.tensor("rewards", rewards, (1, 2), "[R] or [R, n_rewards]")
+    if group_size is not None:
+        checks.integer("group_size", group_size, 1)
+    if group_ids is not None:
+        checks.tensor("group_ids", group_ids, 1, "[R]", checks.INTEGERS)
+        checks.shape("group_ids", group_ids, rewards.shape[:1], "[R]")
+    plain("group_advantages", rewards)
+    advantages, zero_variance = _reference_advantages(
+        rewards, group_size, group_ids=group_ids, normalize=normalize, aggregation=aggregation, whiten_over=whiten_over,
+        weights=weights, eps=eps, correction=correction,
+    )
+    return (advantages, zero_variance) if return_zero_variance else advantages
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl: str = "k3",
+    ref_logprob: Tensor | None = None,
+    kl_correction: bool = False,
+    importance_sampling_level: str = "token",
+    rollout_logprob: Tensor | None = None,
+    rollout_correction: str | None = None,
+    rollout_clip: tuple[float | None, float | None] = (None, 3.0),
+    off_policy_threshold: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    top_entropy: float | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    max_completion_length: int | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    tau: tuple[float, float] = (1.0, 1.05),
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy objective over token log-probabilities -> loss (scalar), metrics (detached scalars).
+
+    logprob, old_logprob, mask: [B, S]; advantages [B] or [B, S]. loss_type: grpo, bnpo, dr_grpo, dapo (default), gspo,
+    cispo, sapo, luspo, vespo, …; every rule, normaliser and option is written down in reference/policy_loss.py.
+    dapo divides by num_items_in_batch, the **global** batch's tokens; by the active tokens given where it is None.
+    Differentiable in logprob, entropy and (kl_correction) what they depend on. Raises ValueError naming the argument.
+    """
+    dims = 1 if cu_seqlens is not None else 2
+    checks.tensor("logprob", logprob, dims, "[B, S] (packed: [N] with cu_seqlens)")
+    for name, x in (("old_logprob", old_logprob), ("ref_logprob", ref_logprob), ("rollout_logprob", rollout_logprob), ("entropy", entropy)):
+        if x is not None:
+            checks.tensor(name, x, dims, "logprob's shape")
+            checks.shape(name, x, logprob.shape, "logprob's shape")
+    checks.shape("mask", mask, logprob.shape, "logprob's shape")
+    checks.same_device("logprob", logprob, old_logprob=old_logprob, advantages=advantages, mask=mask)
+    plain("policy_loss", logprob)
+    return _reference_policy_loss(
+        logprob, old_logprob, advantages, mask, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
+        delta=delta, beta=beta, kl=kl, ref_logprob=ref_logprob, kl_correction=kl_correction,
+        importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
+        rollout_correction=rollout_correction, rollout_clip=rollout_clip, off_policy_threshold=off_policy_threshold,
+        entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy, num_items_in_batch=num_items_in_batch,
+        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=tau, cu_seqlens=cu_seqlens,
+    )
+
+
+def grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = True,
+    keep_logits: bool = False,
+    group: object | None = None,
+    **policy: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """linear_logprob, then policy_loss with its keyword arguments `policy`: hidden [B, S, D] -> loss, metrics.
+
+    target and mask [B, S]; masked tokens are skipped like ignored ones. Exactly the two calls, in one.
+    """
+    checks.tensor("target", target, (1, 2), "[N] or [B, S]", checks.INTEGERS)
+    checks.shape("mask", mask, target.shape, "target's shape")
+    lp, ent = linear_logprob(
+        hidden, weight, target.masked_fill(mask == 0, ignore_index), bias=bias, temperature=temperature,
+        softcap=softcap, ignore_index=ignore_index, entropy=entropy, keep_logits=keep_logits, group=group,
+    )
+    return policy_loss(lp, old_logprob, advantages, mask, entropy=ent, **policy)
+
+
+def dpo_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """Direct preference optimisation on sequence log-probabilities. Not implemented yet."""
+    raise NotImplementedError("dpo_loss is not implemented yet")
+
+
+def ppo_value_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """PPO's clipped value loss. Not implemented yet."""
+    raise NotImplementedError("ppo_value_loss is not implemented yet")

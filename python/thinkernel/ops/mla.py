@@ -1,0 +1,172 @@
+"""Multi-head latent attention ops: absorbed decode over the latent cache, append and gather. Formulas: reference/mla.py.
+
+Shapes: B batch, Sq new queries, H heads, T cached tokens, P pages, L value dim (latent, 512), R rope (64), D = L + R.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops import checks
+from thinkernel.ops.library import Op, reference_op
+from thinkernel.reference import mla as reference
+
+FP8_BYTES = reference.FP8_BYTES
+_CACHE = (*checks.FLOATS, torch.uint8)
+
+
+def _mla_decode(
+    q: Tensor, kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, prefix_kv: Tensor | None,
+    prefix_table: Tensor | None, prefix_length: int, value_dim: int, scale: float,
+) -> tuple[Tensor, Tensor]:
+    prefix = None
+    if prefix_kv is not None:
+        prefix = (prefix_kv, prefix_length) if prefix_table is None else (prefix_kv, prefix_length, prefix_table)
+    return reference.mla_decode(
+        q, kv_cache, seqlens=seqlens, block_table=block_table, value_dim=value_dim, scale=scale, prefix=prefix
+    )
+
+
+mla_decode_op = reference_op(
+    "mla_decode",
+    "(Tensor q, Tensor kv_cache, Tensor seqlens, Tensor? block_table, Tensor? prefix_kv, Tensor? prefix_table, "
+    "int prefix_length, int value_dim, float scale) -> (Tensor, Tensor)",
+    lambda q, kv, seqlens, table, pkv, pt, pl, value_dim, scale: (
+        q.new_empty(*q.shape[:-1], value_dim),
+        q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+    ),
+    _mla_decode,
+)
+mla_decode_op.refuse_gradient("it serves decoding; train through attention on the expanded heads")
+
+append_latent_op = Op(
+    "append_latent",
+    "(Tensor(a!) kv_cache, Tensor latent, Tensor rope, Tensor seqlens, Tensor? block_table) -> ()",
+    lambda *args: None,
+)
+gather_latent_op = reference_op(
+    "gather_latent",
+    "(Tensor kv_cache, Tensor seqlens, Tensor? block_table) -> Tensor",
+    lambda kv, seqlens, table: kv.new_empty(
+        seqlens.shape[0], kv.shape[1] * (1 if table is None else table.shape[1]),
+        576 if kv.dtype == torch.uint8 else kv.shape[-1],
+        dtype=torch.bfloat16 if kv.dtype == torch.uint8 else kv.dtype,
+    ),
+    lambda kv, seqlens, table: reference.gather_latent(kv, seqlens=seqlens, block_table=table),
+)
+
+
+def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
+    """Plain indexed copies on every device until the family's own cache kernels."""
+    reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
+
+
+for _backend in ("reference", "cpu", "triton"):
+    append_latent_op.kernel(_backend)(_append)
+
+
+@mla_decode_op.check
+def _check_decode(q: Tensor, kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, *options: Any) -> None:
+    checks.lengths_and_pages(seqlens, block_table, kv_cache, "kv_cache")
+
+
+@append_latent_op.check
+def _check_append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
+    checks.lengths_and_pages(seqlens, block_table, kv_cache, "kv_cache")
+
+
+@gather_latent_op.check
+def _check_gather(kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
+    checks.lengths_and_pages(seqlens, block_table, kv_cache, "kv_cache")
+
+
+def check_latent_cache(kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, batch: int) -> None:
+    """Shapes and dtypes of a latent cache with its lengths and pages."""
+    checks.tensor("kv_cache", kv_cache, 3, "[B, T, D] or pages [P, page, D]", _CACHE)
+    if kv_cache.dtype == torch.uint8:
+        checks.size("kv_cache", kv_cache, 2, FP8_BYTES, "bytes of an FP8 token")
+    checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
+    checks.shape("seqlens", seqlens, (batch,), "[B]")
+    if block_table is None:
+        checks.size("kv_cache", kv_cache, 0, batch, "B")
+    else:
+        checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
+        checks.size("block_table", block_table, 0, batch, "B")
+        if kv_cache.shape[1] == 0:
+            raise ValueError("kv_cache: got pages of 0 positions, takes at least 1")
+    checks.same_device("kv_cache", kv_cache, seqlens=seqlens, block_table=block_table)
+
+
+def mla_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    *,
+    seqlens: Tensor,
+    block_table: Tensor | None = None,
+    value_dim: int = 512,
+    scale: float,
+    prefix: tuple[Any, ...] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Absorbed MLA decode: causal attention of Sq new queries over cached latents, used as key and as value.
+
+    Args:
+        q: [B, Sq, H, D] absorbed queries [W_UKᵀ q_nope | q_rope]; any H. float32, bfloat16, float16.
+        kv_cache: [B, T, D] or pages [P, page, D] of [latent | rope], or FP8 bytes [.., 656] (uint8).
+        seqlens: [B] int32, cached tokens counting the Sq new ones. block_table: [B, max_pages] int32.
+        value_dim: how many of a token's values are its value, L. scale: of the scores, e.g. 192^-0.5 (not D^-0.5).
+        prefix: latents shared by all sequences, before their own: (kv [Tp, D], length) or (pages, length, table).
+
+    Returns [B, Sq, H, value_dim] (and lse float32 [B, Sq, H]). Not differentiable. Source: DeepSeek-V2 (2405.04434).
+    Raises ValueError or TypeError naming the argument.
+    """
+    checks.tensor("q", q, 4, "[B, Sq, H, D]")
+    check_latent_cache(kv_cache, seqlens, block_table, q.shape[0])
+    width = 576 if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
+    checks.size("q", q, 3, width, "D of kv_cache")
+    if kv_cache.dtype != torch.uint8:
+        checks.same_dtype("kv_cache", kv_cache, "q", q)
+    checks.same_device("q", q, kv_cache=kv_cache)
+    checks.integer("value_dim", value_dim, 1)
+    if value_dim > width:
+        raise ValueError(f"value_dim: got {value_dim}, takes at most D = {width}")
+    kv, length, table = None, 0, None
+    if prefix is not None:
+        if not isinstance(prefix, (tuple, list)) or len(prefix) not in (2, 3):
+            raise TypeError("prefix: takes (kv, length) or (kv pages, length, block_table)")
+        kv, length, table = (*prefix, None)[:3]
+        checks.tensor("prefix kv", kv, 2 if table is None else 3, "[Tp, D] or pages [P, page, D]", _CACHE)
+        checks.size("prefix kv", kv, -1, kv_cache.shape[-1], "D of kv_cache")
+        checks.integer("prefix length", length, 0)
+        room = kv.shape[0] if table is None else len(table) * kv.shape[1]
+        if length > room:
+            raise ValueError(f"prefix length: got {length}, takes at most the {room} positions given")
+    out, lse = mla_decode_op(q, kv_cache, seqlens, block_table, kv, table, length, value_dim, float(scale))
+    return (out, lse) if return_lse else out
+
+
+def append_latent(
+    kv_cache: Tensor, latent: Tensor, rope: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None
+) -> None:
+    """Write latent [B, Sq, L] and rope [B, Sq, R] at the end of each sequence of the cache, in place.
+
+    seqlens [B] int32 **already counts the Sq new tokens**. A uint8 cache [.., 656] is quantised to FP8.
+    Raises ValueError or TypeError naming the argument.
+    """
+    checks.tensor("latent", latent, 3, "[B, Sq, L]")
+    checks.tensor("rope", rope, 3, "[B, Sq, R]")
+    checks.shape("rope", rope, (*latent.shape[:2], rope.shape[-1]), "[B, Sq, R] of latent")
+    check_latent_cache(kv_cache, seqlens, block_table, latent.shape[0])
+    width = 576 if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
+    if latent.shape[-1] + rope.shape[-1] != width:
+        raise ValueError(f"rope: got {rope.shape[-1]} values beside {latent.shape[-1]}, takes {width} together (kv_cache)")
+    append_latent_op(kv_cache, latent, rope, seqlens, block_table)
+
+
+def gather_latent(kv_cache: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None) -> Tensor:
+    """The cached tokens as a dense [B, T, D] tensor, zeros past each sequence's end; FP8 comes out as bfloat16."""
+    check_latent_cache(kv_cache, seqlens, block_table, len(seqlens))
+    return gather_latent_op(kv_cache, seqlens, block_table)

@@ -1,0 +1,317 @@
+"""Sparse attention ops: top-k, indexer, attention over selected keys, indexer loss. Formulas: reference/sparse.py.
+
+Shapes: B batch, S queries, T keys, H heads, Hkv key heads, D head dim, Hi index heads, Di index dim, K selected keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops import checks
+from thinkernel.ops.library import reference_op
+from thinkernel.reference import sparse as reference
+
+KV = Tensor | tuple[Tensor, Tensor]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- the raw ops -----------------------------------------------------------------------------------------------
+
+topk_op = reference_op(
+    "topk",
+    "(Tensor scores, int k, Tensor? lengths) -> (Tensor, Tensor)",
+    lambda scores, k, lengths: (
+        scores.new_empty(*scores.shape[:-1], k), scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32)
+    ),
+    lambda scores, k, lengths: reference.topk(scores, k, lengths=lengths),
+    differentiable=("scores",),
+)
+indexer_scores_op = reference_op(
+    "indexer_scores",
+    "(Tensor q, Tensor k, Tensor w, bool causal) -> Tensor",
+    lambda q, k, w, causal: q.new_empty(*q.shape[:2], k.shape[1], dtype=_wide(q)),
+    lambda q, k, w, causal: reference.indexer_scores(q, k, w, causal=causal),
+    differentiable=("q", "k", "w"),
+)
+indexer_topk_op = reference_op(
+    "indexer_topk",
+    "(Tensor q, Tensor k, Tensor w, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqlens, Tensor? block_table, "
+    "Tensor? k_scale, int top_k, bool causal) -> Tensor",
+    lambda q, k, w, cu_q, cu_k, seqlens, table, k_scale, top_k, causal: q.new_empty(
+        *q.shape[:-2], top_k, dtype=torch.int32
+    ),
+    lambda q, k, w, cu_q, cu_k, seqlens, table, k_scale, top_k, causal: reference.indexer_topk(
+        q, k, w, top_k=top_k, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqlens=seqlens, block_table=table,
+        k_scale=k_scale,
+    ),
+)
+
+
+def _sparse_attention(
+    q: Tensor, kv: Tensor, v: Tensor | None, indices: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, seqlens: Tensor | None, block_table: Tensor | None, value_dim: int, scale: float,
+) -> tuple[Tensor, Tensor]:
+    return reference.sparse_attention(
+        q, kv if v is None else (kv, v), indices, value_dim=value_dim if v is None else None, scale=scale, sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens=seqlens, block_table=block_table,
+    )
+
+
+sparse_attention_op = reference_op(
+    "sparse_attention",
+    "(Tensor q, Tensor kv, Tensor? v, Tensor indices, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqlens, Tensor? block_table, int value_dim, float scale) -> (Tensor, Tensor)",
+    lambda q, kv, v, indices, sinks, cu_q, cu_k, seqlens, table, value_dim, scale: (
+        q.new_empty(*q.shape[:-1], value_dim), q.new_empty(q.shape[:-1], dtype=_wide(q))
+    ),
+    _sparse_attention,
+    differentiable=("q", "kv", "v", "sinks"),
+)
+sparse_attention_op.autocast("q", "kv", "v")
+indexer_loss_op = reference_op(
+    "indexer_loss",
+    "(Tensor q, Tensor k, Tensor w, Tensor target_q, Tensor target_kv, Tensor? indices, Tensor? target_lse, "
+    "float scale, str reduction) -> Tensor",
+    lambda q, k, w, target_q, target_kv, indices, lse, scale, reduction: q.new_empty(
+        q.shape[:2] if reduction == "none" else (), dtype=_wide(q)
+    ),
+    lambda q, k, w, target_q, target_kv, indices, lse, scale, reduction: reference.indexer_loss(
+        q, k, w, target_q, target_kv, indices=indices, scale=scale, target_lse=lse, reduction=reduction
+    ),
+    differentiable=("q", "k", "w"),
+)
+
+
+@topk_op.check
+def _check_topk(scores: Tensor, k: int, lengths: Tensor | None) -> None:
+    checks.within("lengths", lengths, 0, scores.shape[-1], "the scores of a row")
+
+
+@indexer_topk_op.check
+def _check_indexer_topk(
+    q: Tensor, k: Tensor, w: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, seqlens: Tensor | None,
+    block_table: Tensor | None, *options: Any,
+) -> None:
+    checks.cumulative("cu_seqlens_q", cu_q, q.shape[0])
+    checks.cumulative("cu_seqlens_k", cu_k, k.shape[0])
+    if seqlens is not None:
+        checks.lengths_and_pages(seqlens, block_table, k, "index cache k")
+
+
+@sparse_attention_op.check
+def _check_sparse_attention(
+    q: Tensor, kv: Tensor, v: Tensor | None, indices: Tensor, sinks: Tensor | None, cu_q: Tensor | None,
+    cu_k: Tensor | None, seqlens: Tensor | None, block_table: Tensor | None, *options: Any,
+) -> None:
+    checks.cumulative("cu_seqlens_q", cu_q, q.shape[0])
+    checks.cumulative("cu_seqlens_k", cu_k, kv.shape[0])
+    if seqlens is not None:
+        checks.lengths_and_pages(seqlens, block_table, kv, "cache kv")
+    positions = kv.shape[0] if cu_q is not None else kv.shape[1] * (1 if block_table is None else block_table.shape[1])
+    checks.within("indices", indices, -1, positions - 1, "key positions, −1 for an empty slot")
+
+
+@indexer_loss_op.check
+def _check_indexer_loss(
+    q: Tensor, k: Tensor, w: Tensor, target_q: Tensor, target_kv: Tensor, indices: Tensor | None, *options: Any
+) -> None:
+    checks.within("indices", indices, -1, k.shape[1] - 1, "key positions, −1 for an empty slot")
+
+
+# ---- public ----------------------------------------------------------------------------------------------------
+
+
+def topk(scores: Tensor, k: int, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each row -> values [..., k], indices int32 [..., k] in ascending index order.
+
+    scores: [..., T]; lengths: [...] int32, how many scores of a row count (default T). Deterministic: ties go to the
+    lower index, −0.0 equals +0.0; −inf is a score like any other and NaN ranks below it. A row with fewer than k scores
+    ends in index −1, value −inf. Differentiable in scores through the values. Raises ValueError naming the argument.
+    """
+    checks.tensor("scores", scores, range(1, 9), "[..., T]")
+    checks.integer("k", k, 1)
+    if lengths is not None:
+        checks.tensor("lengths", lengths, scores.dim() - 1, "[...]", checks.INTEGERS)
+        checks.shape("lengths", lengths, scores.shape[:-1], "scores' shape without T")
+        checks.same_device("scores", scores, lengths=lengths)
+    return topk_op(scores, k, lengths)
+
+
+def _check_indexer(q: Tensor, k: Tensor, w: Tensor, packed: bool) -> None:
+    checks.tensor("q", q, 3 if packed else 4, "[B, S, Hi, Di] (packed: [N, Hi, Di])")
+    checks.tensor("k", k, 2 if packed else 3, "[B, T, Di] (packed: [N, Di])", (*checks.FLOATS, torch.float8_e4m3fn))
+    checks.tensor("w", w, q.dim() - 1, "[B, S, Hi] (packed: [N, Hi])")
+    checks.size("k", k, -1, q.shape[-1], "Di of q")
+    checks.shape("w", w, q.shape[:-1], "q's shape without Di")
+    checks.same_device("q", q, k=k, w=w)
+
+
+def indexer_scores(q: Tensor, k: Tensor, w: Tensor, *, causal: bool = True) -> Tensor:
+    """The lightning indexer's dense scores I[t, s] = Σ_j w[t, j]·ReLU(q[t, j]·k[s]), −inf where s is not visible.
+
+    q [B, S, Hi, Di], k [B, T, Di], w [B, S, Hi] -> float32 [B, S, T]; for inspection and warm-up. Differentiable.
+    Source: DeepSeek-V3.2-Exp.
+    """
+    _check_indexer(q, k, w, packed=False)
+    checks.size("k", k, 0, q.shape[0], "B of q")
+    return indexer_scores_op(q, k, w, bool(causal))
+
+
+def indexer_topk(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    *,
+    top_k: int,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+) -> Tensor:
+    """The top_k keys of each query by indexer_scores -> int32 [B, S, top_k], ascending, −1 padded at the end.
+
+    q [B, S, Hi, Di], k [B, T, Di], w [B, S, Hi]; packed with cu_seqlens; decode: k is a cache [B, T, Di] or pages
+    [P, page, Di] with seqlens [B] (counting the S new keys) and block_table. k_scale: float32, k's shape without Di,
+    the scale of FP8 keys. Ties go to the lower index. No gradient. Raises ValueError naming the argument.
+    """
+    _check_indexer(q, k, w, packed=cu_seqlens_q is not None)
+    checks.integer("top_k", top_k, 1)
+    if k_scale is not None:
+        checks.shape("k_scale", k_scale, k.shape[:-1], "k's shape without Di")
+    if cu_seqlens_q is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        if seqlens is not None or block_table is not None:
+            raise ValueError("seqlens: packed sequences (cu_seqlens_q) have no cache, so it must be None")
+    elif block_table is None:
+        checks.size("k", k, 0, q.shape[0], "B of q")
+    elif seqlens is None:
+        raise ValueError("seqlens: got None, needed with block_table")
+    return indexer_topk_op(
+        q.detach(), k.detach(), w.detach(), cu_seqlens_q, cu_seqlens_k, seqlens, block_table, k_scale, top_k, bool(causal)
+    )
+
+
+def sparse_attention(
+    q: Tensor,
+    kv: KV,
+    indices: Tensor,
+    *,
+    value_dim: int | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the selected keys alone, differentiable in q, kv and sinks.
+
+    Latents: q [B, S, H, D], kv [B, T, D] (packed [N, D], pages [P, page, D], FP8 bytes [.., 656]), indices [B, S, K];
+    the value is the first value_dim of a latent. GQA: kv = (k [B, T, Hkv, D], v [B, T, Hkv, Dv]), indices
+    [B, S, Hkv, K]. indices: key positions, −1 for an empty slot; a row of −1 gives 0 and lse −inf. With seqlens [B]
+    (and block_table [B, max_pages]) kv is a cache and slots past a sequence's end count as empty.
+    scale defaults to D^-0.5. sinks [H] as in attention; lse (float32 [B, S, H]) never includes them.
+
+    Returns [B, S, H, Dv]. Raises ValueError or TypeError naming the argument.
+    """
+    packed = cu_seqlens_q is not None
+    checks.tensor("q", q, 3 if packed else 4, "[B, S, H, D] (packed: [N, H, D])")
+    if isinstance(kv, (tuple, list)):
+        if len(kv) != 2:
+            raise ValueError(f"kv: got {len(kv)} tensors, takes one tensor of latents or (k, v)")
+        k, v = kv
+        checks.tensor("kv", k, q.dim(), "k [B, T, Hkv, D]")
+        checks.tensor("kv", v, q.dim(), "v [B, T, Hkv, Dv]")
+        checks.shape("kv", v, (*k.shape[:-1], v.shape[-1]), "v's sizes like k's up to Dv")
+        checks.size("kv", k, -1, q.shape[-1], "D of q")
+        if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+            raise ValueError(f"kv: got {k.shape[-2]} heads, takes a divisor of q's {q.shape[-2]} heads")
+        if value_dim is not None and value_dim != v.shape[-1]:
+            raise ValueError(f"value_dim: got {value_dim}, takes None or Dv = {v.shape[-1]} where kv is (k, v)")
+        value_dim, rows = v.shape[-1], (*q.shape[:-2], k.shape[-2])
+    else:
+        k, v = kv, None
+        checks.tensor("kv", k, q.dim() - 1, "[B, T, D] (packed: [N, D])", (*checks.FLOATS, torch.uint8))
+        width = 576 if k.dtype == torch.uint8 else k.shape[-1]
+        checks.size("q", q, -1, width, "D of kv")
+        value_dim = width if value_dim is None else value_dim
+        checks.integer("value_dim", value_dim, 1)
+        if value_dim > width:
+            raise ValueError(f"value_dim: got {value_dim}, takes at most D = {width}")
+        rows = q.shape[:-2]
+    if k.dtype != torch.uint8 and not torch.is_autocast_enabled(q.device.type):
+        checks.same_dtype("kv", k, "q", q)
+    checks.tensor("indices", indices, len(rows) + 1, "[B, S, K], for (k, v) [B, S, Hkv, K]", checks.INTEGERS)
+    checks.shape("indices", indices, (*rows, indices.shape[-1]), "q's rows (and Hkv) and K")
+    if sinks is not None:
+        checks.tensor("sinks", sinks, 1, "[H]")
+        checks.shape("sinks", sinks, (q.shape[-2],), "[H]")
+    if packed:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    elif block_table is None:
+        checks.size("kv", k, 0, q.shape[0], "B of q")
+    elif seqlens is None:
+        raise ValueError("seqlens: got None, needed with block_table")
+    checks.same_device("q", q, kv=k, indices=indices, sinks=sinks, seqlens=seqlens, block_table=block_table)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = sparse_attention_op(
+        q, k, v, indices, sinks, cu_seqlens_q, cu_seqlens_k, seqlens, block_table, value_dim, scale
+    )
+    return (out, lse) if return_lse else out
+
+
+def indexer_loss(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    target_q: Tensor,
+    target_kv: Tensor,
+    *,
+    indices: Tensor | None = None,
+    scale: float,
+    target_lse: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """KL(p_t ‖ softmax(I_t)) that trains the indexer: p_t sums the main attention's heads over the selected keys.
+
+    q [B, S, Hi, Di], k [B, T, Di], w [B, S, Hi] of the indexer; target_q [B, S, H, D], target_kv [B, T, D] (latents) or
+    [B, T, Hkv, D] of the main attention, detached here; scale: the main attention's; target_lse [B, S, H] spares its
+    recomputation. indices [B, S, K]: the sparse stage; None: the dense warm-up stage over all visible keys.
+    reduction: "mean" over the B·S queries, "sum" or "none" ([B, S]). Differentiable in q, k and w. float32.
+    Source: DeepSeek-V3.2-Exp. Raises ValueError naming the argument.
+    """
+    _check_indexer(q, k, w, packed=False)
+    checks.tensor("target_q", target_q, 4, "[B, S, H, D]")
+    checks.shape("target_q", target_q, (*q.shape[:2], *target_q.shape[2:]), "[B, S, H, D] of q")
+    checks.tensor("target_kv", target_kv, (3, 4), "[B, T, D] or [B, T, Hkv, D]")
+    checks.shape("target_kv", target_kv, (*k.shape[:2], *target_kv.shape[2:-1], target_q.shape[-1]), "[B, T, …, D]")
+    if indices is not None:
+        checks.tensor("indices", indices, 3, "[B, S, K]", checks.INTEGERS)
+        checks.shape("indices", indices, (*q.shape[:2], indices.shape[-1]), "[B, S, K]")
+    if target_lse is not None:
+        checks.shape("target_lse", target_lse, target_q.shape[:-1], "[B, S, H]")
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    checks.same_device("q", q, target_q=target_q, target_kv=target_kv, indices=indices, target_lse=target_lse)
+    target_lse = None if target_lse is None else target_lse.detach()
+    return indexer_loss_op(
+        q, k, w, target_q.detach(), target_kv.detach(), indices, target_lse, float(scale), reduction
+    )
+
+
+def native_sparse_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Native sparse attention (arXiv 2502.11089): compressed, selected and window branches. Not implemented yet."""
+    raise NotImplementedError("native_sparse_attention is not implemented yet")
+
+
+def block_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Mixture of block attention, MoBA (arXiv 2502.13189). Not implemented yet."""
+    raise NotImplementedError("block_attention is not implemented yet")
