@@ -1,0 +1,318 @@
+"""Grouped-query attention, forward and decode (backward: attention_backward.py).
+
+Shapes: B batch, S queries (Sq in decode), T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim,
+P pages, M and N the rows and keys of a tile.
+
+    s = scale·q·k (softcap: c·tanh(s/c)),  lse = log Σ_j exp(s_j) over visible keys,  o = Σ_j exp(s_j − lse)·v_j,
+    with a sink σ: o ← o·sigmoid(lse − σ). Rows that see nothing: o = 0, lse = −inf.
+
+FlashAttention-2's loop (arXiv 2307.08691), with the key order made canonical: blocks of N keys and splits of
+KEY_SPLIT keys count from the first valid key. Prefill walks the splits in order in one program; decode gives each
+split a program and merges the results in the same order with the same operations.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .attention_backward import attention_backward
+from .attention_tiles import attend, blocks, finish, key_blocks, mask_arguments, merge
+from .primitives import is_wide, launch, load_tile, store_tile
+
+__all__ = ["attention_backward", "attention_decode", "attention_forward", "covers"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr,
+                    S, T, H, G,
+                    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+                    stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
+                    scale, softcap, left, right, chunk,
+                    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+                    LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+                    KEY_START: tl.constexpr, WIDE: tl.constexpr):
+    """One program: M queries of one head against all the keys they see."""
+    # Which tile. Heads vary fastest and late query blocks (the longest under a causal mask) come first.
+    row_blocks = tl.cdiv(S, M)
+    pid = tl.program_id(0)
+    b = (pid // (H * row_blocks)).to(tl.int64)
+    h = pid % H
+    m0 = (row_blocks - 1 - (pid // H) % row_blocks) * M
+    row = m0 + tl.arange(0, M)  # [M]
+    p = row + T - S
+    key_start = 0
+    if KEY_START:
+        key_start = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), T)
+
+    # Load the queries.
+    q_base = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh + m0.to(tl.int64) * stride_qs
+    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, True, WIDE)  # [M, D]
+    q_rest = q
+    if REST_D > 0:
+        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, True, WIDE)
+    kv_head = (h // G).to(tl.int64)
+    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+
+    # Attend to the keys, split by split: masked blocks at the near end, whole blocks, masked blocks at the far end.
+    first, last, whole_first, whole_last = key_blocks(
+        m0 + T - S, tl.minimum(m0 + M, S) - 1 + T - S, key_start, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    if SPLITS:
+        per_split: tl.constexpr = SPLIT // N
+        for split in range(first // per_split, tl.cdiv(last, per_split)):
+            a = tl.maximum(first, split * per_split)
+            d = tl.minimum(last, (split + 1) * per_split)
+            w0 = tl.minimum(tl.maximum(whole_first, a), d)
+            w1 = tl.maximum(tl.minimum(whole_last, d), w0)
+            part = tl.zeros([M, BLOCK_DV], tl.float32)
+            part_total = tl.zeros([M], tl.float32)
+            part_peak = tl.full([M], float("-inf"), tl.float32)
+            if LEFT or CHUNK:
+                part, part_total, part_peak = attend(
+                    part, part_total, part_peak, q, q_rest, p, a, w0, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+                    scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            part, part_total, part_peak = attend(
+                part, part_total, part_peak, q, q_rest, p, w0, w1, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            part, part_total, part_peak = attend(
+                part, part_total, part_peak, q, q_rest, p, w1, d, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            acc, total, peak = merge(acc, total, peak, part, part_total, part_peak)
+    else:
+        if LEFT or CHUNK:
+            acc, total, peak = attend(
+                acc, total, peak, q, q_rest, p, first, whole_first, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        else:
+            whole_first = first
+        acc, total, peak = attend(
+            acc, total, peak, q, q_rest, p, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        acc, total, peak = attend(
+            acc, total, peak, q, q_rest, p, whole_last, last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+
+    # Normalise and write.
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+    out, lse = finish(acc, total, peak, sink, SINKS)
+    o_base = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + m0.to(tl.int64) * stride_os
+    store_tile(o_base, out, stride_os, S - m0, M, 0, BLOCK_DV, DV, WIDE)
+    tl.store(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=row < S)
+
+
+@triton.jit
+def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, peak_ptr, seqlens_ptr, table_ptr, sinks_ptr,
+                   SQ, HKV, G, capacity, n_pages, n_splits,
+                   stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+                   stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh, stride_table,
+                   scale, softcap, left, right, chunk,
+                   D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr,
+                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+                   WIDE: tl.constexpr):
+    """One program: one split of one sequence's keys, one key head, M of the Sq·G (query, head of the group) rows.
+
+    SINGLE (the cache holds one split at most) writes out and lse, otherwise the unnormalised split for _merge_kernel.
+    """
+    # Which tile; splits vary fastest, neighbours read neighbouring keys.
+    row_blocks = tl.cdiv(SQ * G, M)
+    pid = tl.program_id(0)
+    split = pid % n_splits
+    tile = pid // n_splits
+    kv_head = (tile // row_blocks) % HKV
+    b = (tile // (row_blocks * HKV)).to(tl.int64)
+    T = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), capacity)
+    if split * SPLIT < tl.maximum(T, 1):
+        row = (tile % row_blocks) * M + tl.arange(0, M)  # [M]
+        s = row // G
+        h = kv_head * G + row % G
+        p = s + T - SQ
+        live = row < SQ * G
+
+        # Load the queries.
+        q_at = q_ptr + b * stride_qb + s.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
+        column = tl.arange(0, BLOCK_D)
+        q = tl.load(q_at[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0)  # [M, D]
+        q_rest = q
+        if REST_D > 0:
+            rest = BLOCK_D + tl.arange(0, REST_D)
+            q_rest = tl.load(q_at[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0)
+        k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
+        v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
+        if PAGE == 0:
+            k_base += b * stride_kb
+            v_base += b * stride_vb
+
+        # Attend to the split's blocks.
+        s_first = ((tile % row_blocks) * M) // G
+        s_last = tl.minimum((tile % row_blocks) * M + M, SQ * G) - 1
+        first, last, whole_first, whole_last = key_blocks(
+            s_first + T - SQ, s_last // G + T - SQ, 0, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
+        per_split: tl.constexpr = SPLIT // N
+        first = tl.maximum(first, split * per_split)
+        last = tl.maximum(tl.minimum(last, (split + 1) * per_split), first)
+        whole_first = tl.minimum(tl.maximum(whole_first, first), last)
+        whole_last = tl.maximum(tl.minimum(whole_last, last), whole_first)
+        acc = tl.zeros([M, BLOCK_DV], tl.float32)
+        total = tl.zeros([M], tl.float32)
+        peak = tl.full([M], float("-inf"), tl.float32)
+        table = table_ptr + b * stride_table
+        if PAGE > 0:  # page numbers are checked key by key
+            whole_first = last
+            whole_last = last
+        if LEFT or CHUNK or PAGE > 0:
+            acc, total, peak = attend(
+                acc, total, peak, q, q_rest, p, first, whole_first, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        else:
+            whole_first = first
+        if PAGE == 0:
+            acc, total, peak = attend(
+                acc, total, peak, q, q_rest, p, whole_first, whole_last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            acc, total, peak = attend(
+                acc, total, peak, q, q_rest, p, whole_last, last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
+                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+
+        # Write the result, or the split.
+        value = tl.arange(0, BLOCK_DV)
+        inside = live[:, None] & (value < DV)[None, :]
+        if SINGLE:
+            sink = tl.zeros([M], tl.float32)
+            if SINKS:
+                sink = tl.load(sinks_ptr + h, mask=live, other=0.0).to(tl.float32)
+            out, lse = finish(acc, total, peak, sink, SINKS)
+            o_at = out_ptr + b * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
+            tl.store(o_at[:, None] + value[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(lse_ptr + b * stride_lb + s.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=live)
+        else:
+            slot = ((b * SQ + s) * (HKV * G) + h) * n_splits + split  # [M], rows in the order (b, s, h)
+            tl.store(part_ptr + slot[:, None] * DV + value[None, :], acc, mask=inside)
+            tl.store(total_ptr + slot, total, mask=live)
+            tl.store(peak_ptr + slot, peak, mask=live)
+
+
+@triton.jit
+def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, sinks_ptr, SQ, H, capacity, n_splits,
+                  stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
+                  DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr):
+    """One program: one row (b, s, h); its splits, in order -> out [Dv], lse."""
+    slot = tl.program_id(0).to(tl.int64)
+    h = slot % H
+    s = (slot // H) % SQ
+    b = slot // (H * SQ)
+    T = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), capacity)
+    value = tl.arange(0, BLOCK_DV)
+    one = tl.arange(0, 1)
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    total = tl.zeros([1], tl.float32)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    for split in range(0, tl.cdiv(T, SPLIT)):
+        at = slot * n_splits + split
+        part = tl.load(part_ptr + at * DV + value, mask=value < DV, other=0.0)[None, :]
+        acc, total, peak = merge(acc, total, peak, part, tl.load(total_ptr + at + one), tl.load(peak_ptr + at + one))
+    sink = tl.zeros([1], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + h + one).to(tl.float32)
+    out, lse = finish(acc, total, peak, sink, SINKS)
+    o_at = out_ptr + b * stride_ob + s * stride_os + h * stride_oh
+    tl.store(o_at + value[None, :], out.to(out_ptr.dtype.element_ty), mask=(value < DV)[None, :])
+    tl.store(lse_ptr + b * stride_lb + s * stride_ls + h * stride_lh + one, lse)
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+           cu_seqlens_k: Tensor | None = None, prefix: object | None = None) -> str | None:
+    """Why attention_forward, attention_backward and attention_decode cannot take this call, naming the argument; None if they can.
+
+    window, chunk, sinks, softcap and key_start are all covered.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            return f"{name}: {x.dtype} is not one of {DTYPES}"
+        if x.dtype != q.dtype:
+            return f"{name}: {x.dtype} differs from q's {q.dtype}"
+        if x.shape[-1] > MAX_HEAD_DIM:
+            return f"{name}: head dim {x.shape[-1]} is over {MAX_HEAD_DIM}"
+        if x.numel() and x.stride(-1) != 1 and x.shape[-1] > 1:
+            return f"{name}: the last dimension has stride {x.stride(-1)}, not 1"
+    if scale is not None and not scale > 0:
+        return f"scale: {scale} is not positive"
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        return "cu_seqlens_q: packed sequences"
+    if prefix is not None:
+        return "prefix: a shared prefix"
+    return None
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None = None,
+                      key_start: Tensor | None = None, window: tuple[int, int] | None = None, chunk: int | None = None,
+                      softcap: float | None = None, sinks: Tensor | None = None) -> None:
+    """q [B,S,H,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv] -> out [B,S,H,Dv] and lse [B,S,H] float32 (without the sink), both given.
+
+    key_start [B] int32: the first valid key of each row; window (left, right), −1 unlimited; sinks [H].
+    """
+    B, S, H, D = q.shape
+    T, Hkv, Dv = v.shape[1:]
+    if B * S * H == 0:
+        return
+    scale = D**-0.5 if scale is None else scale
+    (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
+    tile = configs.tile(configs.ATTENTION_FORWARD, q.device, q.dtype, block_d + rest_d, block_dv)
+    bounds, flags = mask_arguments(causal, window, chunk)
+    launch(
+        _forward_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, out, lse, key_start, sinks, S, T, H, H // Hkv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride(), float(scale), float(softcap or 0.0), *bounds,
+        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n, SPLIT=configs.key_split(), SPLITS=T > configs.key_split(),
+        **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None, KEY_START=key_start is not None,
+        WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)), warps=tile.warps, stages=tile.stages, device=q.device)
+
+
+def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None,
+                     causal: bool = True, scale: float | None = None, window: tuple[int, int] | None = None, chunk: int | None = None,
+                     softcap: float | None = None, sinks: Tensor | None = None) -> None:
+    """q [B,Sq,H,D] over a cache [B,T,Hkv,D] or pages [P,page,Hkv,D] -> out [B,Sq,H,Dv], lse [B,Sq,H] float32, both given.
+
+    seqlens [B] int32 counts the Sq new keys; block_table [B, max_pages] int32. Nothing past a sequence's end is read,
+    and nothing here waits for the GPU: the grid covers the cache's capacity and programs past a sequence's end leave.
+    """
+    B, Sq, H, D = q.shape
+    page = 0 if block_table is None else k_cache.shape[1]
+    capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
+    Hkv, Dv = v_cache.shape[2:]
+    if B * Sq * H == 0:
+        return
+    scale = D**-0.5 if scale is None else scale
+    (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
+    tile = configs.tile(configs.ATTENTION_DECODE, q.device, q.dtype, block_d + rest_d, block_dv)
+    bounds, flags = mask_arguments(causal, window, chunk)
+    split = configs.key_split()
+    n_splits = max(triton.cdiv(capacity, split), 1)
+    single = n_splits == 1
+    part = total = peak = None  # [B, Sq, H, n_splits, Dv], [B, Sq, H, n_splits] twice
+    if not single:
+        part = torch.empty((B * Sq * H * n_splits, Dv), dtype=torch.float32, device=q.device)
+        total, peak = torch.empty((2, B * Sq * H * n_splits), dtype=torch.float32, device=q.device)
+    launch(
+        _decode_kernel, (B * Hkv * triton.cdiv(Sq * (H // Hkv), tile.m) * n_splits,), q, k_cache, v_cache, out, lse, part, total, peak,
+        seqlens, block_table, sinks, Sq, Hkv, H // Hkv, capacity, k_cache.shape[0], n_splits,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3], *lse.stride(),
+        0 if block_table is None else block_table.stride(0), float(scale), float(softcap or 0.0), *bounds,
+        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n, SPLIT=split, PAGE=page, SINGLE=single,
+        **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None, WIDE=any(is_wide(x.stride(1), tile.n) for x in (k_cache, v_cache)),
+        warps=tile.warps, stages=tile.stages, device=q.device)
+    if not single:
+        launch(
+            _merge_kernel, (B * Sq * H,), part, total, peak, out, lse, seqlens, sinks, Sq, H, capacity, n_splits, *out.stride()[:3], *lse.stride(),
+            DV=Dv, BLOCK_DV=block_dv, SPLIT=split, SINKS=sinks is not None, warps=1, stages=1, device=q.device)

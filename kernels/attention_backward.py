@@ -1,0 +1,321 @@
+"""Backward of grouped-query attention: a row pass, then dK/dV and dQ in kernels of their own (no atomics).
+
+Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, M, N the rows and
+keys of a tile.
+
+    L = logaddexp(lse, σ) (lse without a sink),  P = exp(s − L),  Δ = Σ_d dO·O − exp(L − lse)·dlse
+    dS = P∘(dO·Vᵀ − Δ)·(1 − (s/c)²),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q,  dV = Pᵀ·dO,  dσ[h] = −Σ_i exp(σ − L)·Σ_d dO·O
+
+dK and dV sum over the query heads of a group and, inside each, over query blocks in ascending order; dQ over the
+canonical key blocks. The scores are computed three times in all instead of twice: the price of determinism without a
+float32 dQ buffer per key block.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .attention_tiles import LOG2E, blocks, floor_divide, key_blocks, mask_arguments, visible
+from .primitives import dot, is_wide, launch, load_tile, store_tile, tanh
+
+
+@triton.jit
+def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, delta_ptr, dsink_ptr, S, H, stride_ob, stride_os, stride_oh,
+                 stride_gb, stride_gs, stride_gh, stride_lb, stride_ls, stride_lh, stride_eb, stride_es, stride_eh,
+                 DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr, WIDE: tl.constexpr):
+    """M rows of one head -> level [B,H,S] = L·log2 e, delta [B,H,S] = Δ, dsink [B,H,S] = this row's share of dσ.
+
+    A row that saw nothing gets level +inf, hence P = 0.
+    """
+    row_blocks = tl.cdiv(S, M)
+    pid = tl.program_id(0)
+    m0 = (pid % row_blocks) * M
+    h = (pid // row_blocks) % H
+    b = (pid // (row_blocks * H)).to(tl.int64)
+    row = m0 + tl.arange(0, M)
+    inside = row < S
+    head = h.to(tl.int64)
+    out = load_tile(out_ptr + b * stride_ob + head * stride_oh + m0.to(tl.int64) * stride_os, stride_os, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)
+    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + m0.to(tl.int64) * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)
+    product = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [M]
+    lse = tl.load(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, mask=inside, other=float("-inf"))
+    empty = lse == float("-inf")
+    level = lse
+    at = (b * H + h) * S + row
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+        top = tl.where(empty, sink, tl.maximum(lse, sink))
+        level = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+        tl.store(dsink_ptr + at, tl.where(empty, 0.0, -tl.exp(sink - level) * product), mask=inside)
+    if DLSE:
+        dlse = tl.load(dlse_ptr + b * stride_eb + row.to(tl.int64) * stride_es + h * stride_eh, mask=inside, other=0.0).to(tl.float32)
+        product = tl.where(empty, 0.0, product - tl.exp(level - lse) * dlse)
+    tl.store(level_ptr + at, tl.where(empty, float("inf"), level * LOG2E), mask=inside)
+    tl.store(delta_ptr + at, product, mask=inside)
+
+
+@triton.jit
+def _gradient(products, dweights, level, delta, scale, softcap, SOFTCAP: tl.constexpr):
+    """q·k, dO·v and the row values -> P and dS without its factor `scale`; shapes [M, N], or [N, M] throughout."""
+    factor = scale * LOG2E
+    slope = 1.0
+    if SOFTCAP:
+        ratio = tanh(products * (scale / softcap))
+        products = softcap * ratio
+        factor = LOG2E
+        slope = 1.0 - ratio * ratio
+    p = tl.exp2(tl.fma(products, tl.full(products.shape, factor, tl.float32), tl.broadcast_to(-level, products.shape)))
+    return p, p * (dweights - delta) * slope
+
+
+@triton.jit
+def _add_queries(dk, dk_rest, dv, k, k_rest, v, j, block_first, block_last, anchor, q_base, dout_base, level_ptr, delta_ptr,
+                 stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
+                 D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+                 SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """Adds query blocks [block_first, block_last) of one head to dk [N, D] (in two parts) and dv [N, Dv]."""
+    for block in range(block_first, block_last):
+        m0 = anchor + block * M
+        row = m0 + tl.arange(0, M)
+        at = m0.to(tl.int64)
+        q = load_tile(q_base + at * stride_qs, stride_qs, S - m0, M, 0, BLOCK_D, D, MASKED, WIDE)  # [M, D]
+        s = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))  # [N, M]
+        if REST_D > 0:
+            q_rest = load_tile(q_base + at * stride_qs, stride_qs, S - m0, M, BLOCK_D, REST_D, D, MASKED, WIDE)
+            s = dot(k_rest, tl.trans(q_rest), s)
+        dout = load_tile(dout_base + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, MASKED, WIDE)  # [M, Dv]
+        dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
+        if MASKED:
+            level = tl.load(level_ptr + row, mask=row < S, other=float("inf"))
+            delta = tl.load(delta_ptr + row, mask=row < S, other=0.0)
+        else:
+            level = tl.load(level_ptr + row)
+            delta = tl.load(delta_ptr + row)
+        p, ds = _gradient(s, dp, level[None, :], delta[None, :], scale, softcap, SOFTCAP)
+        if MASKED:
+            seen = visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK) & (row < S)[None, :]
+            p = tl.where(seen, p, 0.0)
+            ds = tl.where(seen, ds, 0.0)
+        dv = dot(p.to(dout.dtype), dout, dv)
+        ds = ds.to(q.dtype)
+        dk = dot(ds, q, dk)
+        if REST_D > 0:
+            dk_rest = dot(ds, q_rest, dk_rest)
+    return dk, dk_rest, dv
+
+
+@triton.jit
+def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv_ptr, key_start_ptr, S, T, HKV, G,
+                 stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+                 stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
+                 scale, softcap, left, right, chunk,
+                 D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+                 SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, WIDE: tl.constexpr):
+    """One program: dK and dV of N keys of one key head, over all queries of the group that see them."""
+    # Which tile. Early keys (seen by the most queries under a causal mask) come first.
+    key_tiles = tl.cdiv(T, N)
+    pid = tl.program_id(0)
+    kv_head = pid % HKV
+    b = (pid // (HKV * key_tiles)).to(tl.int64)
+    key_start = 0
+    anchor = 0  # query blocks count from the first query that can see a key, so that left padding moves nothing
+    if KEY_START:
+        key_start = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), T)
+        if RIGHT:
+            anchor = tl.maximum(key_start - right - (T - S), 0)
+    n0 = key_start + ((pid // HKV) % key_tiles) * N
+    if n0 < T:
+        j = n0 + tl.arange(0, N)
+        head = kv_head.to(tl.int64)
+        at = n0.to(tl.int64)
+        k_base = k_ptr + b * stride_kb + head * stride_kh + at * stride_ks
+        k = load_tile(k_base, stride_ks, T - n0, N, 0, BLOCK_D, D, True, WIDE)  # [N, D]
+        k_rest = k
+        dk = tl.zeros([N, BLOCK_D], tl.float32)
+        dk_rest = dk
+        if REST_D > 0:
+            k_rest = load_tile(k_base, stride_ks, T - n0, N, BLOCK_D, REST_D, D, True, WIDE)
+            dk_rest = tl.zeros([N, REST_D], tl.float32)
+        v = load_tile(v_ptr + b * stride_vb + head * stride_vh + at * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, True, WIDE)  # [N, Dv]
+        dv = tl.zeros([N, BLOCK_DV], tl.float32)
+
+        # Query blocks [first, last) that see any of these keys, [whole_first, whole_last) that see all of them.
+        n1 = tl.minimum(n0 + N, T) - 1
+        low = anchor
+        whole_low = anchor
+        high = S
+        whole_high = S
+        if RIGHT:
+            low = tl.maximum(low, n0 - right - (T - S))
+            whole_low = tl.maximum(whole_low, n1 - right - (T - S))
+        if LEFT:
+            high = tl.minimum(high, n1 + left + 1 - (T - S))
+            whole_high = tl.minimum(whole_high, n0 + left + 1 - (T - S))
+        if CHUNK:
+            high = tl.minimum(high, key_start + (floor_divide(n1 - key_start, chunk) + 1) * chunk - (T - S))
+            whole_high = tl.minimum(whole_high, key_start + (floor_divide(n0 - key_start, chunk) + 1) * chunk - (T - S))
+        first = (low - anchor) // M
+        last = tl.maximum(tl.cdiv(tl.maximum(high - anchor, 0), M), first)
+        whole_first = tl.minimum(tl.cdiv(whole_low - anchor, M), last)
+        whole_last = tl.maximum(tl.minimum(tl.maximum(whole_high - anchor, 0) // M, last), whole_first)
+        if not RIGHT:
+            whole_first = first
+        for g in range(0, G):
+            h = kv_head * G + g
+            rows = (b * (HKV * G) + h) * S
+            q_base = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
+            dout_base = dout_ptr + b * stride_gb + h.to(tl.int64) * stride_gh
+            if RIGHT:
+                dk, dk_rest, dv = _add_queries(
+                    dk, dk_rest, dv, k, k_rest, v, j, first, whole_first, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
+                    stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
+                    D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            dk, dk_rest, dv = _add_queries(
+                dk, dk_rest, dv, k, k_rest, v, j, whole_first, whole_last, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
+                stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
+                D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            dk, dk_rest, dv = _add_queries(
+                dk, dk_rest, dv, k, k_rest, v, j, whole_last, last, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
+                stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
+                D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+
+        dk_base = dk_ptr + b * stride_dkb + head * stride_dkh + at * stride_dks
+        store_tile(dk_base, dk * scale, stride_dks, T - n0, N, 0, BLOCK_D, D, WIDE)
+        if REST_D > 0:
+            store_tile(dk_base, dk_rest * scale, stride_dks, T - n0, N, BLOCK_D, REST_D, D, WIDE)
+        store_tile(dv_ptr + b * stride_dvb + head * stride_dvh + at * stride_dvs, dv, stride_dvs, T - n0, N, 0, BLOCK_DV, DV, WIDE)
+
+
+@triton.jit
+def _add_keys(dq, dq_rest, q, q_rest, dout, level, delta, p, block_first, block_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
+              scale, softcap, left, right, chunk,
+              D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+              M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+              SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """Adds canonical key blocks [block_first, block_last) to dq [M, D] (in two parts)."""
+    for block in range(block_first, block_last):
+        n0 = key_start + block * N
+        at = n0.to(tl.int64)
+        k = load_tile(k_base + at * stride_ks, stride_ks, T - n0, N, 0, BLOCK_D, D, MASKED, WIDE)  # [N, D]
+        s = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))  # [M, N]
+        if REST_D > 0:
+            k_rest = load_tile(k_base + at * stride_ks, stride_ks, T - n0, N, BLOCK_D, REST_D, D, MASKED, WIDE)
+            s = dot(q_rest, tl.trans(k_rest), s)
+        v = load_tile(v_base + at * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, MASKED, WIDE)  # [N, Dv]
+        dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32))  # [M, N]
+        weights, ds = _gradient(s, dp, level[:, None], delta[:, None], scale, softcap, SOFTCAP)
+        if MASKED:
+            j = n0 + tl.arange(0, N)
+            ds = tl.where(visible(p[:, None], j[None, :], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), ds, 0.0)
+        ds = ds.to(k.dtype)
+        dq = dot(ds, k, dq)
+        if REST_D > 0:
+            dq_rest = dot(ds, k_rest, dq_rest)
+    return dq, dq_rest
+
+
+@triton.jit
+def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr, key_start_ptr, S, T, H, G,
+                    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+                    stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, scale, softcap, left, right, chunk,
+                    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                    M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+                    SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, WIDE: tl.constexpr):
+    """One program: dQ of M queries of one head, over all the keys they see."""
+    row_blocks = tl.cdiv(S, M)
+    pid = tl.program_id(0)
+    b = (pid // (H * row_blocks)).to(tl.int64)
+    h = pid % H
+    m0 = (row_blocks - 1 - (pid // H) % row_blocks) * M
+    row = m0 + tl.arange(0, M)
+    p = row + T - S
+    head = h.to(tl.int64)
+    at = m0.to(tl.int64)
+    key_start = 0
+    if KEY_START:
+        key_start = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), T)
+    q_base = q_ptr + b * stride_qb + head * stride_qh + at * stride_qs
+    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, True, WIDE)  # [M, D]
+    q_rest = q
+    dq = tl.zeros([M, BLOCK_D], tl.float32)
+    dq_rest = dq
+    if REST_D > 0:
+        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, True, WIDE)
+        dq_rest = tl.zeros([M, REST_D], tl.float32)
+    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)  # [M, Dv]
+    rows = (b * H + h) * S
+    level = tl.load(level_ptr + rows + row, mask=row < S, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + row, mask=row < S, other=0.0)
+    kv_head = (h // G).to(tl.int64)
+    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+
+    first, last, whole_first, whole_last = key_blocks(
+        m0 + T - S, tl.minimum(m0 + M, S) - 1 + T - S, key_start, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
+    if LEFT or CHUNK:
+        dq, dq_rest = _add_keys(
+            dq, dq_rest, q, q_rest, dout, level, delta, p, first, whole_first, key_start, T, k_base, v_base, stride_ks, stride_vs,
+            scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+    else:
+        whole_first = first
+    dq, dq_rest = _add_keys(
+        dq, dq_rest, q, q_rest, dout, level, delta, p, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
+        scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+    dq, dq_rest = _add_keys(
+        dq, dq_rest, q, q_rest, dout, level, delta, p, whole_last, last, key_start, T, k_base, v_base, stride_ks, stride_vs,
+        scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+
+    dq_base = dq_ptr + b * stride_dqb + head * stride_dqh + at * stride_dqs
+    store_tile(dq_base, dq * scale, stride_dqs, S - m0, M, 0, BLOCK_D, D, WIDE)
+    if REST_D > 0:
+        store_tile(dq_base, dq_rest * scale, stride_dqs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
+
+
+def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
+                       causal: bool, scale: float | None = None, dlse: Tensor | None = None, key_start: Tensor | None = None,
+                       window: tuple[int, int] | None = None, chunk: int | None = None, softcap: float | None = None,
+                       sinks: Tensor | None = None, dsinks: Tensor | None = None) -> None:
+    """Fills dq, dk, dv (shapes of q, k, v) and, with sinks, dsinks [H] float32, from dout [B,S,H,Dv] and dlse [B,S,H] float32.
+
+    out and lse are attention_forward's. Extra memory: two (with sinks three) float32 numbers a row [B, H, S].
+    """
+    B, S, H, D = q.shape
+    T, Hkv, Dv = v.shape[1:]
+    if key_start is not None or B * S * H == 0:
+        dk.zero_()
+        dv.zero_()
+    if sinks is not None:
+        dsinks.zero_()
+    if B * S * H == 0:
+        return
+    scale = float(D**-0.5 if scale is None else scale)
+    (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
+    bounds, flags = mask_arguments(causal, window, chunk)
+    level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=q.device)
+    dsink = torch.empty_like(level) if sinks is not None else None
+    wide = any(is_wide(x.stride(1), 128) for x in (q, k, v, out, dout, dq, dk, dv))
+    rows = 16 if configs.INTERPRET else 64
+    launch(
+        _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, dlse, sinks, level, delta, dsink, S, H,
+        *out.stride()[:3], *dout.stride()[:3], *lse.stride(), *(dlse.stride() if dlse is not None else (0, 0, 0)),
+        DV=Dv, BLOCK_DV=block_dv, M=rows, SINKS=sinks is not None, DLSE=dlse is not None, WIDE=wide, warps=4, stages=1, device=q.device)
+    shapes = dict(D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv)
+    shared = dict(**shapes, **flags, SOFTCAP=bool(softcap), KEY_START=key_start is not None, WIDE=wide, device=q.device)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    scalars = (scale, float(softcap or 0.0), *bounds)
+    if T * Hkv > 0:
+        tile = configs.tile(configs.ATTENTION_BACKWARD_KV, q.device, q.dtype, block_d + rest_d, block_dv)
+        launch(
+            _keys_kernel, (B * Hkv * triton.cdiv(T, tile.n),), q, k, v, dout, level, delta, dk, dv, key_start, S, T, Hkv, H // Hkv,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+    tile = configs.tile(configs.ATTENTION_BACKWARD_Q, q.device, q.dtype, block_d + rest_d, block_dv)
+    launch(
+        _queries_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, dout, level, delta, dq, key_start, S, T, H, H // Hkv,
+        *strides, *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+    if sinks is not None:
+        torch.sum(dsink, (0, 2), out=dsinks)

@@ -1,0 +1,178 @@
+"""What the attention kernels share: the mask, the key ranges a tile has to visit, scores, and the online softmax.
+
+Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim; M, N the
+rows and keys of a tile. A head dim is one power-of-two block, or two (192 = 128 + 64), so that little is padded.
+
+Positions: query i sits at p = i + T − S. The canonical key blocks and splits count from the first valid key
+(`key_start`), so a row's sums have one order whatever its neighbours, padding and tile are; a block that a row
+does not see changes nothing in it (its weights are exactly 0 and the rescaling factor exactly 1).
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import dot, load_tile, tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def floor_divide(a, b):
+    """⌊a / b⌋ for b > 0; the device's integer division truncates."""
+    return tl.where(a >= 0, a // b, -((b - 1 - a) // b))
+
+
+@triton.jit
+def visible(p, j, key_start, key_end, left, right, chunk, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether the query at position p sees key j; p and j broadcast against each other."""
+    seen = (j >= key_start) & (j < key_end) & (p == p)
+    if RIGHT:
+        seen = seen & (j <= p + right)
+    if LEFT:
+        seen = seen & (j >= p - left)
+    if CHUNK:
+        seen = seen & (j - key_start >= chunk * floor_divide(p - key_start, chunk))
+    return seen
+
+
+@triton.jit
+def key_blocks(p_first, p_last, key_start, key_end, left, right, chunk, BLOCK_N: tl.constexpr,
+               LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr):
+    """Canonical blocks [first, last) that queries at p_first … p_last see, and [whole_first, whole_last) seen whole."""
+    low = key_start
+    whole_low = key_start
+    high = key_end
+    whole_high = key_end
+    if RIGHT:
+        high = tl.minimum(high, p_last + right + 1)
+        whole_high = tl.minimum(whole_high, p_first + right + 1)
+    if LEFT:
+        low = tl.maximum(low, p_first - left)
+        whole_low = tl.maximum(whole_low, p_last - left)
+    if CHUNK:
+        low = tl.maximum(low, key_start + chunk * floor_divide(p_first - key_start, chunk))
+        whole_low = tl.maximum(whole_low, key_start + chunk * floor_divide(p_last - key_start, chunk))
+    first = (low - key_start) // BLOCK_N
+    last = tl.maximum((tl.maximum(high - key_start, 0) + BLOCK_N - 1) // BLOCK_N, first)
+    whole_first = tl.minimum((whole_low - key_start + BLOCK_N - 1) // BLOCK_N, last)
+    whole_last = tl.maximum(tl.minimum(tl.maximum(whole_high - key_start, 0) // BLOCK_N, last), whole_first)
+    return first, last, whole_first, whole_last
+
+
+@triton.jit
+def cap(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """q·k -> what the softmax multiplies by `scale` afterwards: q·k itself, or the capped score."""
+    if SOFTCAP:
+        products = softcap * tanh(products * (scale / softcap))
+    return products
+
+
+@triton.jit
+def load_keys(base, start, stride, left_over, table, stride_page, n_pages, N: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+              WIDTH: tl.constexpr, PAGE: tl.constexpr, CHECK: tl.constexpr, WIDE: tl.constexpr):
+    """Keys or values [N, COLUMNS] from key `start` on: rows of a dense cache, or of pages (PAGE > 0) through `table`.
+
+    Rows past `left_over` and pages whose number lies outside [0, n_pages) are not read and come back as 0.
+    """
+    if PAGE == 0:
+        tile = load_tile(base + start.to(tl.int64) * stride, stride, left_over, N, FIRST, COLUMNS, WIDTH, CHECK, WIDE)
+    else:
+        row = tl.arange(0, N)
+        j = start + row
+        page = tl.load(table + j // PAGE, mask=row < left_over, other=-1)
+        column = FIRST + tl.arange(0, COLUMNS)
+        at = page.to(tl.int64) * stride_page + (j % PAGE).to(tl.int64) * stride
+        mask = ((page >= 0) & (page < n_pages))[:, None] & (column < WIDTH)[None, :]
+        tile = tl.load(base + at[:, None] + column[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def attend(acc, total, peak, q, q_rest, p, block_first, block_last, key_start, key_end,
+           k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages,
+           scale, softcap, left, right, chunk,
+           N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+           PAGE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+           SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M] in units of log 2.
+
+    `scale` multiplies capped products into base-2 scores. Masked and unmasked blocks use the same operations on the
+    same values, the fused multiply-add included, so which of the two loops a block runs in never shows in the bits.
+    """
+    factor = scale * LOG2E
+    if SOFTCAP:
+        factor = LOG2E
+    for block in range(block_first, block_last):
+        start = key_start + block * N
+        k = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, 0, BLOCK_D, D, PAGE, MASKED, WIDE)  # [N, D]
+        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
+        if REST_D > 0:
+            k_rest = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, BLOCK_D, REST_D, D, PAGE, MASKED, WIDE)
+            s = dot(q_rest, tl.trans(k_rest), s)
+        s = cap(s, scale, softcap, SOFTCAP)
+        if MASKED:
+            j = start + tl.arange(0, N)
+            seen = visible(p[:, None], j[None, :], key_start, key_end, left, right, chunk, LEFT, RIGHT, CHUNK)
+            if PAGE > 0:
+                page = tl.load(table + j // PAGE, mask=j < key_end, other=-1)
+                seen = seen & ((page >= 0) & (page < n_pages))[None, :]
+            highest = tl.max(tl.where(seen, s * factor, float("-inf")), 1)
+        else:
+            highest = tl.max(s * factor, 1)
+        new_peak = tl.maximum(peak, highest)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
+        weights = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)))
+        if MASKED:
+            weights = tl.where(seen, weights, 0.0)
+        decay = tl.exp2(peak - base)
+        total = total * decay + tl.sum(weights, 1)
+        v = load_keys(v_base, start, stride_v, key_end - start, table, stride_vp, n_pages, N, 0, BLOCK_DV, DV, PAGE, MASKED, WIDE)  # [N, Dv]
+        acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b):
+    """Adds the next split (b) to what came before (a). An empty side leaves the other's bits as they are."""
+    peak = tl.maximum(peak_a, peak_b)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    w_a = tl.exp2(peak_a - base)
+    w_b = tl.exp2(peak_b - base)
+    # Written as explicit fused operations: prefill and decode must round alike.
+    acc = tl.fma(acc_a, tl.broadcast_to(w_a[:, None], acc_a.shape), acc_b * w_b[:, None])
+    return acc, tl.fma(total_a, w_a, total_b * w_b), peak
+
+
+@triton.jit
+def finish(acc, total, peak, sink, SINKS: tl.constexpr):
+    """acc, total, peak -> out [M, Dv], lse [M] (without the sink); an empty row gives 0 and −inf."""
+    empty = total == 0.0
+    lse = tl.where(empty, float("-inf"), peak * LN2 + tl.log(tl.where(empty, 1.0, total)))
+    if SINKS:
+        top = tl.maximum(peak, sink * LOG2E)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(peak - top)
+        acc = acc * weight[:, None]
+        total = total * weight + tl.exp2(sink * LOG2E - top)
+    out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    return out, lse
+
+
+def mask_arguments(causal: bool, window: tuple[int, int] | None, chunk: int | None) -> tuple[tuple[int, int, int], dict[str, bool]]:
+    """causal, window, chunk -> (left, right, chunk) and which of them count; causal is a right bound of 0."""
+    left, right = window if window is not None else (-1, -1)
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    flags = {"LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": chunk is not None}
+    return (max(left, 0), max(right, 0), chunk or 1), flags
+
+
+def blocks(width: int) -> tuple[int, int]:
+    """A head dim as one padded power-of-two block, or two where that pads less: 192 -> (128, 64), 80 -> (64, 16)."""
+    whole = max(16, triton.next_power_of_2(width))
+    head = whole // 2
+    rest = max(16, triton.next_power_of_2(max(width - head, 1)))
+    return (head, rest) if head >= 16 and rest < head else (whole, 0)

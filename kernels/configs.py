@@ -1,0 +1,162 @@
+"""Block sizes, warps and pipeline stages of every Triton kernel: one plain table, no autotuning at run time.
+
+Keys: (architecture, kind) with architecture one of ARCHITECTURES and kind "half" (float16, bfloat16) or "float"
+(float32), and for attention the width bucket that holds max(padded D, padded Dv): 64, 128, 192 or 256.
+Legend: Tile(m query rows, n keys, warps, stages); Product(m rows, n columns, k depth, warps, stages, group).
+"""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, NamedTuple
+
+import torch
+
+from .primitives import INTERPRET
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes one program may use
+WIDTHS = (64, 128, 192, 256)
+
+
+class Tile(NamedTuple):
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Product(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int  # row blocks that share one sweep over the columns, so that both operands stay in L2
+
+
+# Keys per split: decode works on splits in parallel, prefill walks them in order; both merge them the same way,
+# so the size is part of the result's bits and is not a tuning knob per architecture.
+KEY_SPLIT = 1024
+
+# The key block `n` is shared by forward and decode (same bits): only m, warps and stages differ.
+ATTENTION_FORWARD = {
+    ("sm_80", "half"): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
+    ("sm_90", "half"): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+    ("sm_100", "half"): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+    ("sm_80", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    ("sm_90", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    ("sm_100", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+}
+
+# m rows hold (query, head of the group) pairs; 64 rows make Hopper use wgmma, as in the forward kernel.
+ATTENTION_DECODE = {
+    ("sm_80", "half"): {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 3)},
+    ("sm_90", "half"): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 3)},
+    ("sm_100", "half"): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 3)},
+    ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 2)},
+    ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 2)},
+}
+
+# dK and dV: n keys stay, m query rows pass by.
+ATTENTION_BACKWARD_KV = {
+    ("sm_80", "half"): {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 192: Tile(32, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+    ("sm_90", "half"): {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+    ("sm_100", "half"): {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+    ("sm_80", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_90", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_100", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+# dQ: m query rows stay, n keys pass by.
+ATTENTION_BACKWARD_Q = {
+    ("sm_80", "half"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 192: Tile(64, 32, 4, 1), 256: Tile(64, 32, 8, 1)},
+    ("sm_90", "half"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    ("sm_100", "half"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    ("sm_80", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_90", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_100", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+# Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide.
+# A row's bits are those of one chain of fused multiply-adds over k and so do not depend on the choice.
+PRODUCT = {
+    ("sm_80", "half"): {"many": Product(128, 128, 32, 8, 4, 8), "few": Product(16, 64, 64, 4, 4, 1)},
+    ("sm_90", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "few": Product(64, 32, 128, 4, 4, 1)},
+    ("sm_100", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "few": Product(64, 32, 128, 4, 4, 1)},
+    ("sm_80", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_90", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_100", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+}
+
+# linear_logprob: the same products with a log-sum-exp or a gradient as epilogue.
+LOGPROB = {
+    ("sm_80", "half"): Product(128, 128, 32, 8, 4, 16),
+    ("sm_90", "half"): Product(128, 256, 64, 8, 3, 16),
+    ("sm_100", "half"): Product(128, 256, 64, 8, 3, 16),
+    ("sm_80", "float"): Product(64, 64, 16, 8, 3, 16),
+    ("sm_90", "float"): Product(64, 64, 16, 8, 3, 16),
+    ("sm_100", "float"): Product(64, 64, 16, 8, 3, 16),
+}
+
+# Vocabulary columns per program of linear_logprob's forward, and bytes of the backward's d(logits) buffer.
+VOCABULARY_SPLIT = 2048
+DLOGITS_BYTES = 128 * 1024 * 1024
+
+_INTERPRETER_TILE = Tile(32, 32, 1, 1)
+_INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
+_forced: list[str] = []
+
+
+@contextmanager
+def force_architecture(name: str) -> Iterator[None]:
+    """Look configurations up for `name` whatever the device: compiling ahead of time for a GPU that is not here."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture: got {name!r}, takes one of {ARCHITECTURES}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def architecture(device: torch.device) -> str:
+    """The table's key for `device`: the newest known architecture that is not newer than it."""
+    if _forced:
+        return _forced[-1]
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
+
+
+def kind(dtype: torch.dtype) -> str:
+    return "float" if dtype == torch.float32 else "half"
+
+
+def width(padded_d: int, padded_dv: int) -> int:
+    return next(w for w in WIDTHS if w >= max(padded_d, padded_dv))
+
+
+def tile(table: dict, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int) -> Tile:
+    """The attention tile for these padded head dims."""
+    if INTERPRET:
+        return _INTERPRETER_TILE
+    return table[architecture(device), kind(dtype)][width(padded_d, padded_dv)]
+
+
+def product(device: torch.device, dtype: torch.dtype, rows: int) -> Product:
+    """The tile of a plain matrix product with this many rows."""
+    if INTERPRET:
+        return _INTERPRETER_PRODUCT
+    return PRODUCT[architecture(device), kind(dtype)]["few" if rows <= 64 else "many"]
+
+
+def logprob(device: torch.device, dtype: torch.dtype) -> Product:
+    return _INTERPRETER_PRODUCT if INTERPRET else LOGPROB[architecture(device), kind(dtype)]
+
+
+def key_split() -> int:
+    return 64 if INTERPRET else KEY_SPLIT
+
+
+def vocabulary_split() -> int:
+    return 64 if INTERPRET else VOCABULARY_SPLIT

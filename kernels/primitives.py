@@ -1,0 +1,79 @@
+"""Device functions that every family's kernels share, and the one function that launches them.
+
+Legend: a tile is a block of rows [ROWS, COLUMNS] of a matrix whose last dimension is contiguous.
+"""
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """accumulator + a·b in float32, and IEEE float32 where the operands are float32 (no tf32)."""
+    if _INTERPRET:  # its bfloat16 product multiplies the raw 16-bit words
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(pointer, stride, rows_left, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+              WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Columns FIRST … FIRST+COLUMNS−1 of the ROWS rows at `pointer`; 0 past `rows_left` rows and past WIDTH columns."""
+    row = tl.arange(0, ROWS)
+    if WIDE:
+        row = row.to(tl.int64)
+    column = FIRST + tl.arange(0, COLUMNS)
+    at = pointer + row[:, None] * stride + column[None, :]
+    if CHECK_ROWS and FIRST + COLUMNS > WIDTH:
+        tile = tl.load(at, mask=(row < rows_left)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(at, mask=(row < rows_left)[:, None], other=0.0)
+    elif FIRST + COLUMNS > WIDTH:
+        tile = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def store_tile(pointer, tile, stride, rows_left, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+               WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """The inverse of load_tile: rows past `rows_left` and columns past WIDTH are not written."""
+    row = tl.arange(0, ROWS)
+    if WIDE:
+        row = row.to(tl.int64)
+    column = FIRST + tl.arange(0, COLUMNS)
+    at = pointer + row[:, None] * stride + column[None, :]
+    tl.store(at, tile.to(pointer.dtype.element_ty), mask=(row < rows_left)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 2 ulp: its series below 1/4, where 1 − 2/(1 + e^2x) cancels."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    size = tl.abs(x)
+    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
+    return tl.where(size < 0.25, series, tl.where(x < 0, -large, large))
+
+
+def is_wide(stride: int, rows: int) -> bool:
+    """Whether offsets inside one tile of `rows` rows need 64 bits (offsets between tiles always have them)."""
+    return abs(stride) * rows >= 2**31
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, warps: int, stages: int, device: torch.device, **constants) -> None:
+    """Run `kernel` on the device's current stream."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+    else:
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
