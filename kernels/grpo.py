@@ -1,0 +1,243 @@
+"""linear_logprob: log-probability and entropy of a linear head, forward and backward, without an [N, V] tensor.
+
+Shapes: N rows (tokens), D hidden, V vocabulary; tiles [BLOCK_M rows, BLOCK_N columns], depth in steps of BLOCK_K.
+
+    y = h·Wᵀ + b,  z = c·tanh(y/c)/τ (no softcap: y/τ),  logprob = z_target − lse,  entropy = −Σ p·log p,  p = exp(z − lse)
+    dz = g_lp·(1[target] − p) − g_H·p·(log p + H),  dy = dz/τ·(1 − (τz/c)²),  dh = dy·W,  dW = dyᵀ·h,  db = Σ dy
+
+Forward: each program owns BLOCK_M rows and one vocabulary split of fixed size and keeps (max, sum, entropy sum) online;
+a second kernel merges the splits in order. Backward: for a bounded chunk of the vocabulary, dy is recomputed into a
+buffer in the input dtype, then multiplied into dW (final for that chunk) and into a float32 dh that continues from
+chunk to chunk; the sums over the vocabulary are one chain in ascending order, so the chunk's size is not in the bits.
+Ignored rows are sorted to the end and the work stops before them; the count stays on the GPU.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .linear import add_product, grouped, product
+from .primitives import is_wide, launch, tanh
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BIAS: tl.constexpr,
+            SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """z [BLOCK_M, BLOCK_N] for rows m0 … and vocabulary columns v0 …, and tanh(y/c) (z itself without a softcap)."""
+    acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + tl.cast(v0, tl.int64) * stride_wv,
+                      live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE)
+    if BIAS:
+        column = v0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+    capped = acc
+    if SOFTCAP:
+        capped = tanh(acc / softcap)
+        acc = softcap * capped
+    return acc / temperature, capped
+
+
+@triton.jit
+def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, total_ptr, moment_ptr, chosen_ptr, N, D, V, n_splits,
+                    stride_hm, stride_wv, temperature, softcap,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+                    EVEN_K: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """One program: BLOCK_M rows × SPLIT columns -> peak = max z, total = Σ exp(z − peak), moment = Σ exp(z − peak)·(z − peak), each
+    [n_splits, N], and chosen [N] = z[target] from the one split that holds it."""
+    m_block, split = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_M), n_splits, GROUP)
+    m0 = m_block * BLOCK_M
+    live = tl.load(live_ptr)
+    if m0 < live:
+        row = m0 + tl.arange(0, BLOCK_M)
+        target = tl.load(target_ptr + row, mask=row < live, other=-1)  # [BLOCK_M]
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        moment = tl.zeros([BLOCK_M], tl.float32)
+        chosen = tl.zeros([BLOCK_M], tl.float32)
+        for v0 in range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_N):
+            z, _ = _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
+                           BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BIAS, SOFTCAP, WIDE)
+            column = v0 + tl.arange(0, BLOCK_N)
+            chosen += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+            z = tl.where((column < V)[None, :], z, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(z, 1))
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            shifted = z - base[:, None]
+            weight = tl.exp(shifted)
+            decay = tl.exp(peak - base)
+            lift = tl.where(peak == float("-inf"), 0.0, peak - base)
+            moment = decay * (moment + lift * total) + tl.sum(tl.where(weight > 0, weight * shifted, weight), 1)
+            total = total * decay + tl.sum(weight, 1)
+            peak = new_peak
+        at = tl.cast(split, tl.int64) * N + row
+        tl.store(peak_ptr + at, peak, mask=row < live)
+        tl.store(total_ptr + at, total, mask=row < live)
+        tl.store(moment_ptr + at, moment, mask=row < live)
+        here = (target >= split * SPLIT) & (target < (split + 1) * SPLIT)
+        tl.store(chosen_ptr + row, chosen, mask=(row < live) & here)
+
+
+@triton.jit
+def _merge_kernel(peak_ptr, total_ptr, moment_ptr, chosen_ptr, order_ptr, live_ptr, logprob_ptr, entropy_ptr, lse_ptr, N, n_splits,
+                  BLOCK_M: tl.constexpr, ENTROPY: tl.constexpr):
+    """Splits, in order -> logprob, entropy, lse [N] at each row's own place; rows past the live ones give 0, 0, 0."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < tl.load(live_ptr)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    moment = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(0, n_splits):
+        at = tl.cast(split, tl.int64) * N + row
+        next_peak = tl.load(peak_ptr + at, mask=live, other=0.0)
+        next_total = tl.load(total_ptr + at, mask=live, other=1.0)
+        next_moment = tl.load(moment_ptr + at, mask=live, other=0.0)
+        new_peak = tl.maximum(peak, next_peak)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        decay = tl.exp(peak - base)
+        next_decay = tl.exp(next_peak - base)
+        lift = tl.where(peak == float("-inf"), 0.0, peak - base)
+        next_lift = tl.where(next_peak == float("-inf"), 0.0, next_peak - base)
+        moment = decay * (moment + lift * total) + next_decay * (next_moment + next_lift * next_total)
+        total = total * decay + next_total * next_decay
+        peak = new_peak
+    log_total = tl.log(total)
+    lse = peak + log_total
+    chosen = tl.load(chosen_ptr + row, mask=live, other=0.0)
+    to = tl.load(order_ptr + row, mask=row < N, other=0)
+    tl.store(logprob_ptr + to, tl.where(live, (chosen - peak) - log_total, 0.0), mask=row < N)
+    tl.store(lse_ptr + to, tl.where(live, lse, 0.0), mask=row < N)
+    if ENTROPY:
+        tl.store(entropy_ptr + to, tl.where(live, log_total - moment / total, 0.0), mask=row < N)
+
+
+@triton.jit
+def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse_ptr, entropy_ptr, dlogprob_ptr, dentropy_ptr, dy_ptr,
+                    N, D, V, first, columns, stride_hm, stride_wv, stride_dy, temperature, softcap,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+                    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WIDE: tl.constexpr):
+    """dy [N, columns] for vocabulary columns first … first+columns−1, live rows only."""
+    m_block, n_block = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    m0 = m_block * BLOCK_M
+    live = tl.load(live_ptr)
+    if m0 < live:
+        row = m0 + tl.arange(0, BLOCK_M)
+        v0 = first + n_block * BLOCK_N
+        z, capped = _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
+                            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BIAS, SOFTCAP, WIDE)
+        place = tl.load(order_ptr + row, mask=row < live, other=0)
+        target = tl.load(target_ptr + row, mask=row < live, other=-1)
+        log_p = z - tl.load(lse_ptr + place)[:, None]
+        p = tl.exp(log_p)
+        g = tl.load(dlogprob_ptr + place)[:, None]
+        column = v0 + tl.arange(0, BLOCK_N)
+        dz = tl.where(column[None, :] == target[:, None], g - g * p, -g * p)
+        if ENTROPY:
+            entropy = tl.load(entropy_ptr + place)[:, None]
+            dz -= tl.load(dentropy_ptr + place)[:, None] * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
+        if SOFTCAP:
+            dz *= 1.0 - capped * capped
+        inside = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = row.to(tl.int64)[:, None] * stride_dy + inside[None, :]
+        tl.store(dy_ptr + at, (dz / temperature).to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside < columns)[None, :])
+
+
+def covers(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, keep_logits: bool = False, group: object | None = None) -> str | None:
+    """Why linear_logprob's kernels cannot take this call, naming the argument; None if they can."""
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.dtype not in DTYPES:
+            return f"{name}: {x.dtype} is not one of {DTYPES}"
+        if x.numel() and x.stride(-1) != 1 and x.shape[-1] > 1:
+            return f"{name}: the last dimension has stride {x.stride(-1)}, not 1"
+    if weight.dtype != hidden.dtype:
+        return f"weight: {weight.dtype} differs from hidden's {hidden.dtype}"
+    if hidden.shape[-1] == 0:
+        return "hidden: the last dimension is empty"
+    if keep_logits:
+        return "keep_logits: the logits are recomputed"
+    if group is not None:
+        return "group: a vocabulary-parallel head"
+    return None
+
+
+def _live_first(hidden: Tensor, target: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> hidden and target with the rows that count first, order [N] (where each row came from), live [1] int32: their number.
+
+    A target outside [0, V) counts as ignored.
+    """
+    ignored = (target == ignore_index) | (target < 0) | (target >= V)
+    order = torch.sort(ignored.to(torch.uint8), stable=True).indices  # [N]
+    live = (~ignored).sum(dtype=torch.int32).reshape(1)
+    return hidden.index_select(0, order), target.index_select(0, order), order, live
+
+
+def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logprob: Tensor, entropy: Tensor | None, lse: Tensor, *,
+                           temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100) -> None:
+    """hidden [N,D], weight [V,D], target [N], bias [V] or None -> logprob, entropy (may be None), lse [N] float32, given.
+
+    Ignored rows get 0, 0, 0. Extra memory: 3 floats per row and vocabulary split, and the reordered hidden.
+    """
+    (N, D), V = hidden.shape, weight.shape[0]
+    if N == 0:
+        return
+    tile, split = configs.logprob(hidden.device, hidden.dtype), configs.vocabulary_split()
+    n_splits = triton.cdiv(V, split)
+    h, chosen_target, order, live = _live_first(hidden, target, V, ignore_index)
+    peak, total, moment = torch.empty((3, n_splits, N), dtype=torch.float32, device=hidden.device)
+    chosen = torch.empty(N, dtype=torch.float32, device=hidden.device)
+    launch(
+        _forward_kernel, (triton.cdiv(N, tile.m) * n_splits,), h, weight, bias, chosen_target, live, peak, total, moment, chosen, N, D, V, n_splits,
+        h.stride(0), weight.stride(0), float(temperature), float(softcap or 0.0), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
+        SPLIT=split, EVEN_K=D % tile.k == 0, BIAS=bias is not None, SOFTCAP=bool(softcap), WIDE=is_wide(weight.stride(0), tile.n),
+        warps=tile.warps, stages=tile.stages, device=hidden.device)
+    launch(
+        _merge_kernel, (triton.cdiv(N, 128),), peak, total, moment, chosen, order, live, logprob, entropy, lse, N, n_splits,
+        BLOCK_M=128, ENTROPY=entropy is not None, warps=4, stages=1, device=hidden.device)
+
+
+def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lse: Tensor, entropy: Tensor | None,
+                            dlogprob: Tensor, dentropy: Tensor | None, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *,
+                            temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
+                            buffer_bytes: int | None = None) -> None:
+    """Fills those of dhidden [N,D], dweight [V,D], dbias [V] that are given, from dlogprob [N] and dentropy [N] (or None), float32.
+
+    lse and entropy are the forward's; dentropy needs entropy. buffer_bytes bounds the d(logits) buffer, and changes no bits
+    of dhidden and dweight.
+    """
+    (N, D), V = hidden.shape, weight.shape[0]
+    if N == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    tile = configs.logprob(hidden.device, hidden.dtype)
+    h, chosen_target, order, live = _live_first(hidden, target, V, ignore_index)
+    budget = configs.DLOGITS_BYTES if buffer_bytes is None else buffer_bytes
+    step = max(budget // (N * hidden.element_size() * tile.n), 1) * tile.n
+    step = min(step, triton.cdiv(V, tile.n) * tile.n)
+    dy = torch.empty((N, step), dtype=hidden.dtype, device=hidden.device)
+    running = None
+    if dhidden is not None and step < V:
+        running = torch.empty((N, D), dtype=torch.float32, device=hidden.device)
+    alive = torch.arange(N, device=hidden.device)[:, None] < live if dbias is not None else None
+    for first in range(0, V, step):
+        columns = min(step, V - first)
+        launch(
+            _dlogits_kernel, (triton.cdiv(N, tile.m) * triton.cdiv(columns, tile.n),), h, weight, bias, chosen_target, order, live, lse, entropy,
+            dlogprob, dentropy, dy, N, D, V, first, columns, h.stride(0), weight.stride(0), step, float(temperature), float(softcap or 0.0),
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, EVEN_K=D % tile.k == 0, BIAS=bias is not None,
+            SOFTCAP=bool(softcap), ENTROPY=dentropy is not None, WIDE=is_wide(weight.stride(0), tile.n),
+            warps=tile.warps, stages=tile.stages, device=hidden.device)
+        chunk = dy[:, :columns]
+        if dweight is not None:
+            product(chunk.t(), h.t(), dweight[first:first + columns], live_depth=live)
+        if dbias is not None:
+            dbias[first:first + columns] = torch.where(alive, chunk, 0).sum(0, dtype=torch.float32)
+        if dhidden is not None:
+            last = first + columns == V
+            product(chunk, weight[first:first + columns].t(), dhidden if last else running, continue_from=running if first else None,
+                    rows=order if last else None, live_rows=live)
