@@ -1,0 +1,332 @@
+"""One line for each op and variant that `thinkernel validate`, the tests and opcheck run on every backend and dtype.
+
+A case draws its inputs, calls the public function, and names the inputs with a gradient. Its truth is the same call on
+the float64 reference; its baseline is torch's own op in the same dtype where torch has one, else our reference there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import thinkernel as tk
+from thinkernel.testing.inputs import Draw
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`inputs(draw)` -> keyword inputs of `run`, which returns a tensor or a tuple; integer results must be equal.
+
+    gradients: names of inputs to differentiate. baseline: torch's own form of `run`, or None for our reference.
+    selection: for chosen indices, the scores they were chosen by; a swap within `SELECTION_ULPS` is then allowed.
+    small: shapes that a kernel interpreter can run in a second.
+    """
+
+    family: str
+    name: str
+    inputs: Callable[[Draw], Inputs]
+    run: Callable[..., Any]
+    gradients: tuple[str, ...] = ()
+    baseline: Callable[..., Any] | None = None
+    selection: Callable[..., Tensor] | None = None
+    small: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# ---- attention -------------------------------------------------------------------------------------------------
+
+
+def qkv(draw: Draw, B: int, S: int, T: int, H: int, Hkv: int, D: int, Dv: int | None = None, **more: Any) -> Inputs:
+    return dict(
+        q=draw.normal(B, S, H, D), k=draw.normal(B, T, Hkv, D), v=draw.normal(B, T, Hkv, D if Dv is None else Dv), **more
+    )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """torch's attention, and the lse that it does not return, from scores in the same dtype."""
+    group = q.shape[2] // k.shape[2]
+    heads = [x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
+    S, T = q.shape[1], k.shape[1]
+    visible = torch.arange(T) <= torch.arange(T - S, T)[:, None]  # bottom-right, where is_causal is top-left
+    mask = visible if causal else None
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
+    scores = (heads[0] @ heads[1].mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible, float("-inf")) if causal else scores
+    return out.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
+
+
+def attention_case(name: str, *sizes: int, causal: bool = True, lse: bool = True, small: bool = True, **options: Any) -> Case:
+    def run(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+        out, found = tk.attention(q, k, v, causal=causal, return_lse=True, **options, **more)
+        return (out, found) if lse else out
+
+    def baseline(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, found = _sdpa(q, k, v, causal=causal, **options)
+        return (out, found) if lse else out
+
+    return Case("attention", name, lambda draw: qkv(draw, *sizes), run, ("q", "k", "v"), baseline, small=small)
+
+
+def _padded(draw: Draw) -> Inputs:
+    return qkv(draw, 3, 9, 9, 4, 2, 16, key_start=torch.tensor([0, 4, 7], dtype=torch.int32))
+
+
+def _decode_inputs(draw: Draw, *, paged: bool, queries: int = 1) -> Inputs:
+    B, H, Hkv, D, page, max_pages = 3, 4, 2, 32, 4, 5
+    shape = (B * max_pages + 3, page) if paged else (B, page * max_pages)
+    inputs = dict(
+        q=draw.normal(B, queries, H, D), k_cache=draw.normal(*shape, Hkv, D), v_cache=draw.normal(*shape, Hkv, D),
+        seqlens=torch.tensor([20, 7, 13], dtype=torch.int32),
+    )
+    return inputs | ({"block_table": draw.pages(B, max_pages)} if paged else {})
+
+
+def _decode(**inputs: Any) -> Any:
+    return tk.attention_decode(**inputs, return_lse=True)
+
+
+def _merge(draw: Draw) -> Inputs:
+    return dict(
+        out_a=draw.normal(2, 5, 3, 8), lse_a=draw.normal(2, 5, 3, dtype=torch.float32), out_b=draw.normal(2, 5, 3, 8),
+        lse_b=draw.normal(2, 5, 3, dtype=torch.float32),
+    )
+
+
+ATTENTION = [
+    attention_case("attention/causal", 2, 33, 33, 4, 2, 64),
+    attention_case("attention/full", 1, 17, 40, 4, 4, 32, causal=False),
+    attention_case("attention/more-keys", 2, 7, 50, 6, 2, 48),
+    attention_case("attention/d192-dv128", 1, 19, 19, 2, 2, 192, 128),
+    attention_case("attention/d256", 1, 20, 20, 2, 1, 256),
+    attention_case("attention/odd", 1, 13, 13, 3, 1, 23, 7, scale=0.3),
+    attention_case("attention/one-token", 3, 1, 1, 4, 2, 16),
+    attention_case("attention/long", 1, 300, 700, 4, 1, 64, small=False),
+    Case("attention", "attention/key-start", _padded,
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v")),
+    Case("attention", "attention/decode", lambda draw: _decode_inputs(draw, paged=False), _decode),
+    Case("attention", "attention/decode-paged", lambda draw: _decode_inputs(draw, paged=True, queries=3), _decode),
+    Case("attention", "attention/merge", _merge, lambda **x: tk.merge_attention(**x), ("out_a", "lse_a", "out_b", "lse_b")),
+]
+
+# Features that kernels take over one by one; until then they run on the reference alone.
+ATTENTION_FEATURES = [
+    Case("attention", "attention/window", lambda draw: qkv(draw, 2, 30, 30, 4, 2, 32),
+         lambda **x: tk.attention(**x, causal=True, window=(6, 0), return_lse=True), ("q", "k", "v")),
+    Case("attention", "attention/chunk", lambda draw: qkv(draw, 2, 30, 30, 4, 2, 32),
+         lambda **x: tk.attention(**x, causal=True, chunk=8, return_lse=True), ("q", "k", "v")),
+    Case("attention", "attention/softcap", lambda draw: qkv(draw, 2, 21, 21, 4, 2, 32),
+         lambda **x: tk.attention(**x, causal=True, softcap=2.0, return_lse=True), ("q", "k", "v")),
+    Case("attention", "attention/sinks", lambda draw: qkv(draw, 2, 21, 21, 4, 2, 32, sinks=draw.normal(4)),
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v", "sinks")),
+    Case("attention", "attention/packed",
+         lambda draw: dict(q=draw.normal(20, 4, 32), k=draw.normal(20, 2, 32), v=draw.normal(20, 2, 32),
+                           cu_seqlens_q=torch.tensor([0, 5, 5, 20], dtype=torch.int32)),
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v")),
+]
+
+# ---- mla -------------------------------------------------------------------------------------------------------
+
+
+def _latents(draw: Draw, *, paged: bool) -> Inputs:
+    B, H, page, max_pages = 2, 3, 4, 4
+    shape = (B * max_pages + 3, page) if paged else (B, page * max_pages)
+    inputs = dict(
+        q=draw.normal(B, 2, H, 96), kv_cache=draw.normal(*shape, 96), seqlens=torch.tensor([16, 5], dtype=torch.int32)
+    )
+    return inputs | ({"block_table": draw.pages(B, max_pages)} if paged else {})
+
+
+def _mla_decode(**inputs: Any) -> Any:
+    return tk.mla_decode(**inputs, value_dim=80, scale=48**-0.5, return_lse=True)
+
+
+MLA = [
+    Case("mla", "mla/decode", lambda draw: _latents(draw, paged=False), _mla_decode),
+    Case("mla", "mla/decode-paged", lambda draw: _latents(draw, paged=True), _mla_decode),
+    Case("mla", "mla/gather", lambda draw: {k: v for k, v in _latents(draw, paged=True).items() if k != "q"},
+         lambda **x: tk.gather_latent(**x)),
+]
+
+# ---- sparse ----------------------------------------------------------------------------------------------------
+
+
+def _indexer(draw: Draw, **more: Any) -> Inputs:
+    return dict(q=draw.normal(2, 12, 4, 16), k=draw.normal(2, 20, 16), w=draw.normal(2, 12, 4), **more)
+
+
+def _sparse(draw: Draw) -> Inputs:
+    return dict(q=draw.normal(2, 12, 3, 48), kv=draw.normal(2, 20, 48), indices=draw.selected(2, 12, 20, 6))
+
+
+def _sparse_gqa(draw: Draw) -> Inputs:
+    indices = torch.stack([draw.selected(2, 9, 15, 5) for _ in range(2)], 2)  # [B, S, Hkv, K]
+    return dict(
+        q=draw.normal(2, 9, 4, 16), k=draw.normal(2, 15, 2, 16), v=draw.normal(2, 15, 2, 24), indices=indices,
+        sinks=draw.normal(4),
+    )
+
+
+def _indexer_loss(draw: Draw, *, sparse: bool) -> Inputs:
+    inputs = _indexer(draw, target_q=draw.normal(2, 12, 3, 24), target_kv=draw.normal(2, 20, 24))
+    return inputs | ({"indices": draw.selected(2, 12, 20, 6)} if sparse else {})
+
+
+SPARSE = [
+    Case("sparse", "sparse/topk", lambda draw: dict(scores=draw.normal(5, 200)), lambda scores: tk.topk(scores, 17), ("scores",)),
+    Case("sparse", "sparse/topk-lengths",
+         lambda draw: dict(scores=draw.normal(4, 40), lengths=torch.tensor([0, 3, 40, 21], dtype=torch.int32)),
+         lambda scores, lengths: tk.topk(scores, 9, lengths=lengths)),
+    Case("sparse", "sparse/indexer-scores", _indexer, lambda **x: tk.indexer_scores(**x), ("q", "k", "w")),
+    Case("sparse", "sparse/indexer-topk", _indexer, lambda **x: tk.indexer_topk(**x, top_k=5),
+         selection=lambda **x: tk.indexer_scores(**x)),
+    Case("sparse", "sparse/attention-latent", _sparse,
+         lambda **x: tk.sparse_attention(**x, value_dim=32, scale=0.2, return_lse=True), ("q", "kv")),
+    Case("sparse", "sparse/attention-gqa-sinks", _sparse_gqa,
+         lambda q, k, v, indices, sinks: tk.sparse_attention(q, (k, v), indices, sinks=sinks, return_lse=True),
+         ("q", "k", "v", "sinks")),
+    Case("sparse", "sparse/indexer-loss", lambda draw: _indexer_loss(draw, sparse=True),
+         lambda **x: tk.indexer_loss(**x, scale=0.2), ("q", "k", "w")),
+    Case("sparse", "sparse/indexer-loss-warm-up", lambda draw: _indexer_loss(draw, sparse=False),
+         lambda **x: tk.indexer_loss(**x, scale=0.2, reduction="none"), ("q", "k", "w")),
+]
+
+# ---- moe -------------------------------------------------------------------------------------------------------
+
+
+def route_case(name: str, top_k: int, *, bias: bool = False, **options: Any) -> Case:
+    def inputs(draw: Draw) -> Inputs:
+        return dict(logits=draw.normal(31, 16)) | ({"bias": draw.normal(16, scale=0.1, dtype=torch.float32)} if bias else {})
+
+    def run(logits: Tensor, bias: Tensor | None = None) -> Any:
+        return tuple(tk.route(logits, top_k, bias=bias, **options))
+
+    return Case("moe", f"moe/route-{name}", inputs, run, ("logits",))
+
+
+def _experts(draw: Draw, *, in_out: bool = False, biases: bool = False, columns: int = 48) -> Inputs:
+    N, H, E, K = 29, 20, 8, 3
+    inner = columns // 2
+    experts = torch.stack([draw.permutation(E)[:K] for _ in range(N)]).int()
+    up, down = draw.weight(E, columns, H), draw.weight(E, H, inner)
+    if in_out:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    inputs = dict(
+        x=draw.normal(N, H), w_gate_up=up, w_down=down, weights=draw.normal(N, K, dtype=torch.float32).softmax(-1),
+        experts=experts,
+    )
+    return inputs | (dict(b_gate_up=draw.normal(E, columns), b_down=draw.normal(E, H)) if biases else {})
+
+
+_EXPERT_GRADIENTS = ("x", "w_gate_up", "w_down", "weights")
+
+MOE = [
+    route_case("softmax", 3),
+    route_case("softmax-plain", 3, renormalize=False),
+    route_case("deepseek-v2", 3, n_group=4, topk_group=2, group_score="max", renormalize=False, scaling=1.5),
+    route_case("deepseek-v3", 3, score="sigmoid", bias=True, n_group=4, topk_group=2, scaling=2.5),
+    route_case("gpt-oss", 3, score="softmax_topk"),
+    route_case("llama4", 1, score="sigmoid_topk", renormalize=False),
+    route_case("deepseek-v4", 3, score="sqrtsoftplus", bias=True, scaling=1.5),
+    Case("moe", "moe/experts-swiglu", _experts, lambda **x: tk.moe(**x), _EXPERT_GRADIENTS),
+    Case("moe", "moe/experts-in-out", lambda draw: _experts(draw, in_out=True),
+         lambda **x: tk.moe(**x, layout="in_out", weight_on="input"), _EXPERT_GRADIENTS),
+    Case("moe", "moe/experts-gpt-oss", lambda draw: _experts(draw, in_out=True, biases=True),
+         lambda **x: tk.moe(**x, layout="in_out", activation="gpt_oss"), (*_EXPERT_GRADIENTS, "b_gate_up", "b_down")),
+    Case("moe", "moe/load-balancing",
+         lambda draw: dict(probs=draw.normal(31, 16).softmax(-1), counts=draw.integers(0, 9, 16)),
+         lambda **x: tk.load_balancing_loss(**x), ("probs",)),
+    Case("moe", "moe/z-loss", lambda draw: dict(logits=draw.normal(31, 16)), lambda **x: tk.router_z_loss(**x), ("logits",)),
+]
+
+# ---- grpo and linear -------------------------------------------------------------------------------------------
+
+
+def head_case(name: str, N: int, D: int, V: int, *, bias: bool = False, small: bool = True, **options: Any) -> Case:
+    def inputs(draw: Draw) -> Inputs:
+        target = draw.integers(0, V, N, dtype=torch.int64)
+        target[::5] = -100
+        # logits of standard deviation 3: some tokens are nearly certain, some are not
+        more = dict(bias=draw.normal(V)) if bias else {}
+        return dict(hidden=draw.normal(N, D), weight=draw.normal(V, D, scale=3 * D**-0.5), target=target, **more)
+
+    def run(**x: Any) -> Any:
+        return tk.linear_logprob(**x, **options)
+
+    return Case("grpo", f"grpo/linear-logprob-{name}", inputs, run, ("hidden", "weight", *(("bias",) if bias else ())), small=small)
+
+
+def _token_loss(draw: Draw) -> Inputs:
+    logprob = -draw.normal(4, 9, dtype=torch.float32).abs()
+    mask = torch.ones(4, 9)
+    mask[1, 5:] = 0
+    mask[3] = 0
+    return dict(
+        logprob=logprob, old_logprob=logprob + draw.normal(4, 9, scale=0.2, dtype=torch.float32),
+        ref_logprob=logprob + draw.normal(4, 9, scale=0.2, dtype=torch.float32), advantages=draw.normal(4, dtype=torch.float32),
+        mask=mask,
+    )
+
+
+def loss_case(loss_type: str, **options: Any) -> Case:
+    return Case(
+        "grpo", f"grpo/policy-loss-{loss_type}", _token_loss,
+        lambda **x: tk.policy_loss(**x, loss_type=loss_type, beta=0.1, **options)[0], ("logprob",),
+    )
+
+
+def _grpo_loss(draw: Draw) -> Inputs:
+    return dict(
+        hidden=draw.normal(2, 6, 16), weight=draw.normal(37, 16, scale=0.7), target=draw.integers(0, 37, 2, 6),
+        old_logprob=-draw.normal(2, 6, dtype=torch.float32).abs() - 2, advantages=draw.normal(2, dtype=torch.float32),
+        mask=torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
+    )
+
+
+def _rewards(draw: Draw) -> Inputs:
+    rewards = draw.normal(24, dtype=torch.float32)
+    rewards[3], rewards[8:12] = float("nan"), 1.0
+    return dict(rewards=rewards)
+
+
+GRPO = [
+    head_case("vocab-odd", 23, 48, 337),
+    head_case("softcap-bias", 17, 33, 101, bias=True, softcap=5.0, temperature=0.7),
+    head_case("no-entropy", 9, 16, 50, entropy=False),
+    head_case("large", 300, 96, 5003, small=False),
+    Case("grpo", "grpo/logprob",
+         lambda draw: dict(logits=draw.normal(11, 203, scale=3.0), target=draw.integers(0, 203, 11)),
+         lambda **x: tk.logprob(**x, temperature=0.8), ("logits",)),
+    Case("grpo", "grpo/advantages", _rewards, lambda **x: tk.group_advantages(**x, group_size=4)),
+    loss_case("grpo"),
+    loss_case("dr_grpo", max_completion_length=9),
+    loss_case("dapo", epsilon_high=0.28, num_items_in_batch=40),
+    loss_case("gspo"),
+    Case("grpo", "grpo/grpo-loss", _grpo_loss, lambda **x: tk.grpo_loss(**x)[0], ("hidden", "weight")),
+]
+
+
+def linear_case(name: str, N: int, I: int, O: int, *, bias: bool = False, small: bool = True) -> Case:
+    def inputs(draw: Draw) -> Inputs:
+        return dict(x=draw.normal(N, I), weight=draw.weight(O, I), **(dict(bias=draw.normal(O)) if bias else {}))
+
+    gradients = ("x", "weight", "bias") if bias else ("x", "weight")
+    return Case("linear", f"linear/{name}", inputs, lambda **x: tk.linear(**x), gradients, lambda **x: F.linear(*x.values()), small=small)
+
+
+LINEAR = [
+    linear_case("odd", 37, 53, 29, bias=True),
+    linear_case("one-row", 1, 64, 96),
+    linear_case("large", 200, 300, 500, small=False),
+]
+
+CASES = [*ATTENTION, *ATTENTION_FEATURES, *MLA, *SPARSE, *MOE, *GRPO, *LINEAR]
+FAMILIES = ("attention", "mla", "sparse", "moe", "grpo", "linear")

@@ -1,0 +1,112 @@
+"""Runs cases on backends and dtypes and applies the comparator: what `thinkernel validate` prints and the tests assert."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops import dispatch
+from thinkernel.ops.memory import poisoned_results
+from thinkernel.testing.cases import Case, Inputs
+from thinkernel.testing.compare import Comparison, compare
+from thinkernel.testing.inputs import Draw
+
+# Chosen indices may differ from the float64 choice only where the two candidates' float64 scores lie this close, in
+# units of the float32 epsilon times the largest score of the row.
+SELECTION_ULPS = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output or gradient of one case on one backend in one dtype; `skipped` says why it did not run."""
+
+    case: Case
+    backend: str
+    dtype: torch.dtype
+    comparison: Comparison | None
+    skipped: str = ""
+
+
+def _outputs(case: Case, inputs: Inputs, seed: int, run: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of one call, and gradients for random cotangents that depend on the seed alone."""
+    inputs = dict(inputs)
+    for name in case.gradients:
+        inputs[name] = inputs[name].detach().clone().requires_grad_()
+    found = run(**inputs)
+    outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    if not case.gradients:
+        return outputs, {}
+    draw = Draw(seed + 1)
+    pairs = []
+    for x in outputs:
+        cotangent = draw.normal(*x.shape) if x.is_floating_point() else None
+        if cotangent is not None and x.requires_grad:
+            pairs.append((x, cotangent.to(x.dtype).to(x.device)))
+    wanted = [inputs[name] for name in case.gradients]
+    grads = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    return outputs, {
+        name: torch.zeros_like(x) if g is None else g for name, x, g in zip(case.gradients, wanted, grads, strict=True)
+    }
+
+
+def _to(inputs: Inputs, dtype: torch.dtype | None, device: str) -> Inputs:
+    return {
+        name: x if not isinstance(x, Tensor) else x.to(device, dtype if x.is_floating_point() and dtype else x.dtype)
+        for name, x in inputs.items()
+    }
+
+
+def evaluate(case: Case, backend: str, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
+    """Every output and gradient of `case` against the rule; one Result with `skipped` where the backend lacks it."""
+    inputs = case.inputs(Draw(seed, dtype))
+    try:
+        with dispatch.use_backend(backend), poisoned_results():
+            outputs, grads = _outputs(case, _to(inputs, None, device), seed, case.run)
+    except NotImplementedError as error:
+        yield Result(case, backend, dtype, None, str(error))
+        return
+    with dispatch.use_backend("reference"), warnings.catch_warnings():
+        wide = _to(inputs, torch.float64, "cpu")
+        ref_outputs, ref_grads = _outputs(case, wide, seed, case.run)
+        base_outputs, base_grads = _outputs(case, _to(inputs, None, "cpu"), seed, case.baseline or case.run)
+        scores = case.selection(**wide) if case.selection else None
+
+    for i, (out, ref, base) in enumerate(zip(outputs, ref_outputs, base_outputs, strict=True)):
+        name = case.name if len(outputs) == 1 else f"{case.name}[{i}]"
+        if out.is_floating_point():
+            found = compare(out, ref.double(), base, name=name)
+        else:
+            found = _compare_indices(out.cpu(), ref, scores, name)
+        yield Result(case, backend, dtype, found)
+    for name in case.gradients:
+        found = compare(grads[name], ref_grads[name].double(), base_grads[name], name=f"{case.name} d{name}")
+        yield Result(case, backend, dtype, found)
+
+
+def _compare_indices(out: Tensor, ref: Tensor, scores: Tensor | None, name: str) -> Comparison:
+    """Equal, or (where `scores` [..., T] are given) different only between candidates of nearly equal score."""
+    fine = Comparison(name, 0.0, 0.0, 0.0, 0.0, "")
+    if out.shape == ref.shape and torch.equal(out.long(), ref.long()):
+        return fine
+    wrong = Comparison(name, float("inf"), 0.0, 0.0, float("inf"), f"{name}: indices differ from the reference's")
+    if scores is None or out.shape != ref.shape:
+        return wrong
+    finite = scores.masked_fill(~scores.isfinite(), 0.0)
+    slack = SELECTION_ULPS * torch.finfo(torch.float32).eps * finite.abs().amax(-1)  # [...]
+    lowest = torch.where(ref < 0, torch.inf, finite.gather(-1, ref.clamp_min(0).long())).amin(-1)  # [...]
+    chosen = torch.where(out < 0, torch.inf, scores.gather(-1, out.clamp_min(0).long())).amin(-1)
+    same_count = ((out >= 0).sum(-1) == (ref >= 0).sum(-1)).all()
+    distinct = (out.sort(-1).values.diff(dim=-1) != 0) | (out.sort(-1).values[..., 1:] < 0)
+    return fine if bool(same_count and distinct.all() and (chosen >= lowest - slack).all()) else wrong
+
+
+def sweep(cases: Sequence[Case], backends: Sequence[str], dtypes: Sequence[torch.dtype], *, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
+    for case in cases:
+        for backend in backends:
+            for dtype in dtypes:
+                yield from evaluate(case, backend, dtype, seed=seed, device=device)
