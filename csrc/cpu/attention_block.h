@@ -1,0 +1,199 @@
+// What attention's forward, decode and backward share: which keys a row sees, the softmax of one split of keys,
+// and the merge of splits.
+//
+// Canonical order, the reason why a row's bits depend on that row alone: keys are counted from the first valid one and
+// cut into splits of kSplit. Inside a split a row's maximum m is taken over all its visible scores, p = 2^(c s - m) is
+// computed once, l = sum p runs over fixed lanes, and o = p V is one product; nothing is rescaled. Splits are merged in
+// ascending order by merge_row. Masked keys add exact zeros, so skipping blocks of them moves no bits, and decode,
+// which computes splits in parallel and merges them afterwards, gives the bits of prefill.
+// Scores are kept in units of log2: c = scale * log2(e), so that one FMA prepares the exponential.
+#pragma once
+
+#include "attention.h"
+#include "parallel.h"
+#include "simd/gemm.h"
+
+namespace tk::TK_ISA {
+
+inline constexpr int kSplit = 512;        // keys
+inline constexpr int kLine = 32;          // keys the softmax handles at a time; a multiple of every W and of Gemm's NR
+inline constexpr int kLd = kSplit + 16;   // row stride of a block of scores: not a power of two, rows fall in different sets
+inline constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+inline constexpr float kNoScore = -1e30f;  // below every real score: the maximum of a row that saw only -inf or NaN
+
+struct Range {
+  int64_t lo, hi;
+};
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_down(int64_t x, int64_t to) { return x / to * to; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+// The keys lo <= j < hi that the query at position p sees among n; p and j count from the first valid key.
+inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
+  int64_t lo = 0, hi = n;
+  if (s.causal) hi = least(hi, p + 1);
+  if (s.window_right >= 0) hi = least(hi, p + s.window_right + 1);
+  if (s.window_left >= 0) lo = most(lo, p - s.window_left);
+  if (s.chunk > 0) lo = most(lo, s.chunk * floor_div(p, s.chunk));
+  return hi > lo ? Range{lo, hi} : Range{0, 0};
+}
+
+// 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
+// and no subnormals appear. NaN stays NaN. Degree 6 on [-1/2, 1/2], minimax.
+inline vf exp2_fast(vf t) {
+  t = max(splat(-126.0f), t);
+  const vf magic = splat(12582912.0f);
+  const vf shifted = t + magic;
+  const vf n = shifted - magic;
+  const vf r = t - n;
+  vf p = splat(1.535336188e-4f);
+  p = fma(p, r, splat(1.339887440e-3f));
+  p = fma(p, r, splat(9.618437357e-3f));
+  p = fma(p, r, splat(5.550332472e-2f));
+  p = fma(p, r, splat(2.402264791e-1f));
+  p = fma(p, r, splat(6.931472028e-1f));
+  p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * as_float((as_int(shifted) - 0x4b400000 + 127) << 23);
+#endif
+}
+
+// How scores become exponents of two: t = c * s, after s = softcap * tanh(scale * s / softcap) where there is a cap.
+// A scale that is not positive is applied first too, so that the largest s is the largest t.
+struct Transform {
+  float c, inner = 0.0f, cap = 0.0f;
+  bool plain;
+  explicit Transform(const AttentionShape& s) : c(s.scale * kLog2e), plain(s.softcap == 0.0f && s.scale > 0.0f) {
+    if (plain) return;
+    c = kLog2e;
+    inner = s.softcap == 0.0f ? s.scale : s.scale / s.softcap;
+    cap = s.softcap;
+  }
+  vf apply(vf s) const { return cap == 0.0f ? s * inner : tanh(s * inner) * cap; }
+};
+
+// Where probabilities go: float overwrites the scores, bf16 is rounded into the left operand's panels.
+template <class T> struct Probs;
+template <> struct Probs<float> {
+  static constexpr int64_t size(int64_t) { return 0; }
+  static void put(float* scores, float*, int64_t r, int64_t k, const vf* x) {
+    for (int u = 0; u < kLine / W; ++u) store(scores + r * kLd + k + u * W, x[u]);
+  }
+  // C = P[:, k0:k1] V[k0:k1]
+  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float* scores, const float*, const float* v,
+                    int64_t v_panel, float* c, int64_t ldc) {
+    using G = Gemm<float>;
+    for (int64_t k = k0; k < k1;) {  // Gemm's summation blocks count from the split's first key, not from k0
+      const int64_t end = least(round_down(k, G::KB) + G::KB, k1);
+      G::gemm_panels<kLd, 1>(M, N, end - k, scores + k, G::MR * kLd, v + k * G::NR, v_panel, c, ldc, k > k0);
+      k = end;
+    }
+  }
+};
+#if defined(__AMX_BF16__)
+template <> struct Probs<bf16> {
+  using G = Gemm<bf16>;
+  static constexpr int64_t kPanel = G::MR * kSplit;
+  static constexpr int64_t size(int64_t rows) { return rows * kSplit; }
+  static void put(float*, bf16* probs, int64_t r, int64_t k, const vf* x) {
+    bf16* line = probs + r / 32 * kPanel + k * 32 + r % 32 * 32;
+    _mm512_store_si512(line, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+  }
+  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float*, const bf16* probs, const bf16* v,
+                    int64_t v_panel, float* c, int64_t ldc) {
+    G::gemm_panels(M, N, k1 - k0, probs + k0 * G::MR, kPanel, v + k0 * G::NR, v_panel, c, ldc, false);
+  }
+};
+#endif
+
+// One row r of a block: scores[r][lo:hi) of a split -> probabilities over [k0, k1), zeros outside [lo, hi);
+// returns the maximum (in log2 units) and the sum. k0 and k1 are multiples of kLine, 0 <= k0 <= lo < hi <= k1.
+template <class T>
+inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, int64_t lo, int64_t hi, int64_t k0,
+                        int64_t k1, float* m, float* l) {
+  constexpr int U = kLine / W;
+  float* s = scores + r * kLd;
+  const int64_t first = round_down(lo, kLine), last = round_up(hi, kLine);
+  const vi lanes = lane_index();
+  const auto edge = [&](int64_t k) { return k < lo || k + kLine > hi; };
+  const auto inside = [&](int64_t k) {
+    const vi j = lanes + (int32_t)k;
+    return (j >= (int32_t)lo) & (j < (int32_t)hi);
+  };
+  if (!f.plain)
+    for (int64_t k = first; k < last; k += W) store(s + k, f.apply(load(s + k)));
+
+  vf top[U];
+  for (int u = 0; u < U; ++u) top[u] = splat(kNoScore);
+  for (int64_t k = first; k < last; k += kLine) {
+    if (edge(k)) {
+      for (int u = 0; u < U; ++u) top[u] = max(select(inside(k + u * W), load(s + k + u * W), splat(kNoScore)), top[u]);
+    } else {
+      for (int u = 0; u < U; ++u) top[u] = max(load(s + k + u * W), top[u]);
+    }
+  }
+  for (int u = 1; u < U; ++u) top[0] = max(top[u], top[0]);
+  const float maximum = reduce_max(top[0]) * f.c;
+
+  const vf c = splat(f.c), minus = splat(-maximum);
+  vf sum[U], x[U];
+  for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
+  for (int64_t k = k0; k < first; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+  for (int64_t k = first; k < last; k += kLine) {
+    for (int u = 0; u < U; ++u) {
+      x[u] = exp2_fast(fma(load(s + k + u * W), c, minus));
+      if (edge(k)) x[u] = select(inside(k + u * W), x[u], zero());
+      sum[u] += x[u];
+    }
+    Probs<T>::put(scores, probs, r, k, x);
+  }
+  for (int u = 0; u < U; ++u) x[u] = zero();
+  for (int64_t k = last; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+  for (int u = 1; u < U; ++u) sum[0] += sum[u];
+  *m = maximum;
+  *l = reduce_add(sum[0]);
+}
+
+// A row that sees nothing of [k0, k1).
+template <class T> inline void blank_row(float* scores, T* probs, int64_t r, int64_t k0, int64_t k1) {
+  vf x[kLine / W];
+  for (vf& v : x) v = zero();
+  for (int64_t k = k0; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+}
+
+// (m, l, o) += (ms, ls, os): the running result of a row takes in the next split. Starts from (-inf, 0, 0).
+inline void merge_row(float* m, float* l, float* o, float ms, float ls, const float* os, int64_t value_dim) {
+  const float both = ms > *m ? ms : *m;
+  const vf a = *m == -INFINITY ? zero() : exp2_fast(splat(*m - both)), b = exp2_fast(splat(ms - both));
+  *l = fma(splat(ls), b, splat(*l) * a)[0];
+  *m = both;
+  for (int64_t d = 0; d < value_dim; d += W) {
+    const vf kept = load(o + d) * a;
+    store(o + d, fma(load(os + d), b, kept));
+  }
+}
+
+// o / l into the output's dtype, and lse = ln 2 * m + ln l. `sink` is null or the head's sink logit.
+template <class S>
+inline void finish_row(float m, float l, const float* o, int64_t value_dim, const float* sink, S* out, float* lse) {
+  if (m == -INFINITY) {
+    for (int64_t d = 0; d < value_dim; ++d) out[d] = from_float<S>(0.0f);
+    *lse = -INFINITY;
+    return;
+  }
+  *lse = fma(splat(m), splat(kLn2), splat(logf(l)))[0];
+  float factor = 1.0f / l;
+  if (sink) factor /= 1.0f + expf(*sink - *lse);
+  for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) * factor, (int)(value_dim - d));
+}
+
+template <class S> inline const S* at(const void* base, const int64_t stride[3], int64_t b, int64_t s, int64_t h) {
+  return (const S*)base + b * stride[0] + s * stride[1] + h * stride[2];
+}
+template <class S> inline S* at(void* base, const int64_t stride[3], int64_t b, int64_t s, int64_t h) {
+  return (S*)base + b * stride[0] + s * stride[1] + h * stride[2];
+}
+
+}  // namespace tk::TK_ISA
