@@ -74,7 +74,7 @@ def group_advantages(
             d = d / (_center(total.view(1, -1, 1), correction)[1] + eps)
         elif normalize == "rloo":
             n = (~grouped.isnan()).sum(1, keepdim=True)
-            d = d * (n / (n - 1).clamp(min=1))
+            d = d * n / (n - 1).clamp(min=1)
         elif normalize == "maxrl":
             d = (d / m).masked_fill(m == 0, 0)
         d = d.masked_fill(constant & ~grouped.isnan(), 0)
