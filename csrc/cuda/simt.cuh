@@ -15,7 +15,7 @@
   (static_cast<void>(stream), tk_shim::launch(blocks, threads, [&] { kernel(args); }))
 #endif
 
-// Tests build a kernel with one of its numbered barriers taken out and expect ThreadSanitizer to see the race.
+// Tests take one of a kernel's numbered barriers out and expect ThreadSanitizer to see the race.
 #ifndef TK_TEST_REMOVE_BARRIER
 #define TK_TEST_REMOVE_BARRIER 0
 #endif
@@ -27,7 +27,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // __syncthreads(), numbered from 1 inside each kernel.
 template <int number>
 __device__ __forceinline__ void block_barrier() {
-  if constexpr (number != TK_TEST_REMOVE_BARRIER) __syncthreads();
+  if (number != TK_TEST_REMOVE_BARRIER) __syncthreads();
 }
 
 // Inclusive sum over the lanes of a warp.

@@ -1,0 +1,187 @@
+"""The CUDA top-k kernel on the host shim: the same source, one thread per CUDA thread, against a sort and the reference.
+
+The kernel is built plain, with AddressSanitizer + UBSan, and with ThreadSanitizer. With any one of its barriers taken out
+ThreadSanitizer must report a race, in the same build: so its silence about the whole kernel means something.
+
+Shapes: N rows · L scores a row · k kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from thinkernel.reference.sparse import topk as reference_topk
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+GROUPS = ("patterns", "lengths", "edges", "pieces", "long")
+# One host thread per CUDA thread: blocks smaller than the shipped ones, of two and four warps.
+SMALL_BLOCKS = ("-DTK_TOPK_SHORT_THREADS=64", "-DTK_TOPK_LONG_THREADS=128")
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREAD = ("-fsanitize=thread",)
+RACE = 66  # ThreadSanitizer's exit code below
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def compile_object(output: Path, source: Path, *flags: str) -> Path:
+    command = [
+        "g++", "-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
+        f"-I{ROOT / 'csrc/include'}", f"-I{CUDA}", *flags, "-x", "c++", "-c", str(source), "-o", str(output),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def link(output: Path, objects: list[Path], *flags: str) -> Path:
+    done = subprocess.run(
+        ["g++", "-pthread", *flags, *map(str, objects), "-o", str(output)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def run(program: Path, seed: int, *groups: str, removed_barrier: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}",
+        "TK_TEST_REMOVE_BARRIER": str(removed_barrier),
+    }
+    command = [str(program), str(seed), *groups]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def check(done: subprocess.CompletedProcess[str], *groups: str) -> None:
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    for group in groups:
+        assert int(re.findall(rf"^{group}: (\d+) cases$", done.stdout, re.M)[0]) > 0, report
+
+
+def seed_of(request: pytest.FixtureRequest) -> int:
+    return int.from_bytes(request.node.name.encode()[-6:], "big")
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The test program with the kernel compiled in each way, and the kernel as a library."""
+    folder = tmp_path_factory.mktemp("topk_host")
+    kernel: dict[str, tuple[str, ...]] = {
+        "address": (*SMALL_BLOCKS, *ADDRESS),
+        "thread": (*SMALL_BLOCKS, *THREAD, "-DTK_TEST_REMOVE_BARRIER=tk_shim::removed_barrier"),
+        "plain": SMALL_BLOCKS,
+        "shipped_blocks": (),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        objects = {
+            name: pool.submit(compile_object, folder / f"{name}.o", CUDA / "topk.cu", *flags)
+            for name, flags in kernel.items()
+        }
+        shim = CUDA / "host_shim"
+        test = pool.submit(compile_object, folder / "test.o", shim / "topk_host_test.cpp")
+        interface = pool.submit(compile_object, folder / "library.o", shim / "topk_host_library.cpp")
+    sanitizer = {"address": ADDRESS, "thread": THREAD}
+    programs = {
+        name: link(folder / name, [job.result(), test.result()], *sanitizer.get(name, ()))
+        for name, job in objects.items()
+    }
+    library = link(folder / "topk.so", [objects["plain"].result(), interface.result()], "-shared")
+    return {**programs, "library": library}
+
+
+def barriers() -> list[int]:
+    """The numbers of the kernel's block barriers, as its source has them."""
+    return sorted({int(n) for n in re.findall(r"block_barrier<(\d+)>\(\)", (CUDA / "topk_kernel.cuh").read_text())})
+
+
+def test_equals_a_sort(builds: dict[str, Path], request: pytest.FixtureRequest) -> None:
+    groups = (*GROUPS, "hundred_thousand")
+    check(run(builds["plain"], seed_of(request), *groups), *groups)
+
+
+def test_equals_a_sort_with_the_shipped_block_sizes(builds: dict[str, Path], request: pytest.FixtureRequest) -> None:
+    check(run(builds["shipped_blocks"], seed_of(request), "edges", "long"), "edges", "long")
+
+
+def test_address_and_undefined_behaviour_sanitizers_are_silent(
+    builds: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    check(run(builds["address"], seed_of(request), *GROUPS), *GROUPS)
+
+
+def test_thread_sanitizer_is_silent(builds: dict[str, Path], request: pytest.FixtureRequest) -> None:
+    groups = ("lengths", "edges", "long")
+    check(run(builds["thread"], seed_of(request), *groups), *groups)
+
+
+@pytest.mark.parametrize("barrier", barriers())
+def test_thread_sanitizer_finds_a_removed_barrier(barrier: int, builds: dict[str, Path]) -> None:
+    done = run(builds["thread"], barrier, "patterns", removed_barrier=barrier)
+    assert done.returncode == RACE and "ThreadSanitizer: data race" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_million_scores_and_every_group_in_every_build(
+    builds: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    check(run(builds["plain"], seed_of(request), "million"), "million")
+    check(run(builds["shipped_blocks"], seed_of(request), *GROUPS), *GROUPS)
+    check(run(builds["thread"], seed_of(request), *GROUPS), *GROUPS)
+
+
+# ---- against the Python reference, NaN and all
+
+
+@pytest.fixture(scope="module")
+def library(builds: dict[str, Path]) -> ctypes.CDLL:
+    return ctypes.CDLL(str(builds["library"]))
+
+
+def topk_on_host(
+    library: ctypes.CDLL, scores: torch.Tensor, k: int, lengths: torch.Tensor | None, chunk: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, length = scores.shape
+    values = torch.full((rows, k), 7, dtype=scores.dtype)  # [N, k]
+    indices = torch.full((rows, k), -7, dtype=torch.int32)  # [N, k]
+    code = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[scores.dtype]
+    pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (scores, lengths, values, indices)]
+    sizes = [ctypes.c_int64(n) for n in (rows, length, scores.stride(0), k, chunk)]
+    library.topk_on_host(*pointers, ctypes.c_int32(code), *sizes)
+    return values, indices
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "length", "k", "chunk"), [(3, 257, 31, 0), (2, 1000, 1, 0), (2, 61, 64, 0), (2, 700, 40, 96)])
+def test_equals_the_reference(
+    dtype: torch.dtype, rows: int, length: int, k: int, chunk: int, library: ctypes.CDLL
+) -> None:
+    generator = torch.Generator().manual_seed(rows * length + k)
+    scores = torch.randn(rows, length + 5, generator=generator).to(dtype)[:, :length]  # [N, L], rows L + 5 apart
+    scores[torch.rand(rows, length, generator=generator) < 0.1] = 0.0
+    scores[torch.rand(rows, length, generator=generator) < 0.1] = -0.0
+    scores[torch.rand(rows, length, generator=generator) < 0.1] = -torch.inf
+    scores[torch.rand(rows, length, generator=generator) < 0.1] = torch.nan
+    for lengths in (None, torch.randint(0, length + 1, (rows,), generator=generator).int()):  # [N]
+        values, indices = topk_on_host(library, scores, k, lengths, chunk)
+        expected_values, expected_indices = reference_topk(scores, k, lengths=lengths)
+        assert torch.equal(indices, expected_indices)
+        # −0.0 is told from +0.0; which NaN it is is not: torch's own gather changes the payload of 16-bit ones.
+        assert torch.equal(values.isnan(), expected_values.isnan())
+        bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+        assert torch.equal(*(v.masked_fill(v.isnan(), 9.0).view(bits) for v in (values, expected_values)))
+
+
+def test_keeps_nan_only_after_everything_else(library: ctypes.CDLL) -> None:
+    scores = torch.tensor([[torch.nan, -torch.inf, 1.0, -torch.nan, torch.inf]])
+    assert topk_on_host(library, scores, 3, None)[1].tolist() == [[1, 2, 4]]
+    assert topk_on_host(library, scores, 4, None)[1].tolist() == [[0, 1, 2, 4]]
