@@ -1,0 +1,27 @@
+"""Modules over the public functions; each can be used alone in somebody else's model."""
+
+from thinkernel.nn.attention import GroupedQueryAttention
+from thinkernel.nn.cache import CacheStep
+from thinkernel.nn.grpo import GRPOLoss, LinearLogProb
+from thinkernel.nn.linear import Linear
+from thinkernel.nn.mla import MultiHeadLatentAttention
+from thinkernel.nn.moe import FeedForward, MixtureOfExperts, MoELosses
+from thinkernel.nn.rope import RotaryEmbedding, Yarn
+from thinkernel.nn.sparse import Indexer, NativeSparseAttention, SparseLatentAttention
+
+__all__ = [
+    "CacheStep",
+    "FeedForward",
+    "GRPOLoss",
+    "GroupedQueryAttention",
+    "Indexer",
+    "Linear",
+    "LinearLogProb",
+    "MixtureOfExperts",
+    "MoELosses",
+    "MultiHeadLatentAttention",
+    "NativeSparseAttention",
+    "RotaryEmbedding",
+    "SparseLatentAttention",
+    "Yarn",
+]

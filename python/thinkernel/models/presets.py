@@ -1,0 +1,104 @@
+"""Ready configurations: miniatures that train on two CPU cores, and the true shapes of published models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from thinkernel.models.config import ModelConfig
+from thinkernel.nn.rope import Yarn
+
+PRESETS: dict[str, ModelConfig] = {
+    # DeepSeek-V3.2 in miniature: MLA, indexer + sparse attention, routed and shared experts.
+    "deepseek_v32_mini": ModelConfig(
+        vocab_size=64,
+        layers=4,
+        hidden=128,
+        heads=4,
+        ff_dim=320,
+        attention="dsa",
+        rope_interleaved=True,
+        kv_latent=64,
+        q_latent=96,
+        nope_dim=32,
+        rope_dim=16,
+        value_dim=32,
+        top_k=32,
+        indexer_heads=4,
+        indexer_dim=32,
+        experts=8,
+        experts_per_token=2,
+        expert_dim=64,
+        shared_experts=1,
+        first_dense=1,
+        score="sigmoid",
+        expert_bias=True,
+        n_group=2,
+        topk_group=1,
+        routed_scaling=1.5,
+        tie_embeddings=True,
+        max_positions=512,
+        init_std=0.06,
+    ),
+    "qwen3_mini": ModelConfig(
+        vocab_size=64,
+        layers=4,
+        hidden=128,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        ff_dim=384,
+        qk_norm=True,
+        tie_embeddings=True,
+        max_positions=512,
+        init_std=0.06,
+    ),
+    "qwen3_0_6b": ModelConfig(
+        vocab_size=151936,
+        layers=28,
+        hidden=1024,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        ff_dim=3072,
+        qk_norm=True,
+        rope_theta=1e6,
+        tie_embeddings=True,
+        max_positions=40960,
+    ),
+    "deepseek_v3": ModelConfig(
+        vocab_size=129280,
+        layers=61,
+        hidden=7168,
+        heads=128,
+        ff_dim=18432,
+        attention="mla",
+        rope_interleaved=True,
+        yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0),
+        kv_latent=512,
+        q_latent=1536,
+        nope_dim=128,
+        rope_dim=64,
+        value_dim=128,
+        experts=256,
+        experts_per_token=8,
+        expert_dim=2048,
+        shared_experts=1,
+        first_dense=3,
+        score="sigmoid",
+        expert_bias=True,
+        n_group=8,
+        topk_group=4,
+        routed_scaling=2.5,
+        max_positions=163840,
+    ),
+}
+PRESETS["deepseek_v32"] = dataclasses.replace(
+    PRESETS["deepseek_v3"], attention="dsa", top_k=2048, indexer_heads=64, indexer_dim=128
+)
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The configuration of that name, with some fields changed: preset("qwen3_mini", layers=6)."""
+    if name not in PRESETS:
+        raise ValueError(f"name: got {name!r}, takes one of {', '.join(sorted(PRESETS))}")
+    return dataclasses.replace(PRESETS[name], **changes)

@@ -1,0 +1,35 @@
+"""What the attention modules and a decoder agree on about a cache of past tokens.
+
+Shapes: B batch, S new tokens, T_max capacity. A cache is a plain preallocated tensor [B, T_max, ...]; row b holds its
+tokens at 0 … seqlens[b]−1, whatever its neighbours hold, and what lies behind is never read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CacheStep(NamedTuple):
+    """One call's place in the cache, the same for all layers.
+
+    seqlens [B] int32 counts the S new tokens; extent is a number on the host that no row's length exceeds, so that a
+    kernel sees cache[:, :extent] and nothing needs a synchronisation; fresh says that the cache was empty before.
+    """
+
+    seqlens: Tensor
+    extent: int
+    fresh: bool
+
+
+def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
+    """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place."""
+    size = new.shape[1]
+    if step.fresh:
+        cache[:, :size] = new
+        return
+    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]  # [B, 1]
+    slots = step.seqlens[:, None].long() - size + torch.arange(size, device=cache.device)  # [B, S]
+    cache[rows, slots] = new.to(cache.dtype)

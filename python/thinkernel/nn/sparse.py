@@ -1,0 +1,146 @@
+"""DeepSeek sparse attention (DeepSeek-V3.2) as a module: MLA over the keys that a light indexer selects.
+
+Shapes: B batch, S tokens, T cached tokens, H heads, C latent, R rope dims, Hi indexer heads, Di indexer dims, K top-k.
+
+    I[t, s] = Σ_j w[t, j] · ReLU(q[t, j]·k[s]);  token t attends to the K keys of largest I[t, ·]
+
+The selection has no gradient. The indexer learns from its own loss, the divergence of softmax(I) from the main
+attention's probabilities, over inputs detached from the main model, which learns from the language loss alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from thinkernel.nn.cache import CacheStep, append_rows
+from thinkernel.nn.linear import Linear
+from thinkernel.nn.mla import MultiHeadLatentAttention
+from thinkernel.nn.rope import rotate
+from thinkernel.ops.sparse import indexer_loss, indexer_topk, sparse_attention
+
+
+class Indexer(nn.Module):
+    """Projects tokens to the queries, the key and the head weights that score keys for sparse attention.
+
+    RoPE turns the first rope_dim of each query and key, half-split in V3.2 and interleaved in GLM-5; the key passes a
+    LayerNorm (with bias, eps 1e-6) before it."""
+
+    def __init__(
+        self, hidden: int, q_latent: int, heads: int, dim: int, rope_dim: int, *, rope_interleaved: bool = False
+    ) -> None:
+        super().__init__()
+        if rope_dim > dim:
+            raise ValueError(f"dim: got {dim} indexer dims, takes at least rope_dim = {rope_dim}")
+        self.heads, self.dim, self.rope_dim, self.rope_interleaved = heads, dim, rope_dim, rope_interleaved
+        self.q_proj = Linear(q_latent, heads * dim, bias=False)
+        self.k_proj = Linear(hidden, dim, bias=False)
+        self.k_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.weight_proj = Linear(hidden, heads, bias=False)
+
+    def _rotate_front(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        front, rest = x.split((self.rope_dim, self.dim - self.rope_dim), dim=-1)
+        return torch.cat((rotate(front, rope, interleaved=self.rope_interleaved), rest), dim=-1)
+
+    def forward(self, x: Tensor, q_latent: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, hidden], q_latent [B, S, Q] -> q [B, S, Hi, Di], k [B, S, Di], w [B, S, Hi] float32."""
+        q = self._rotate_front(self.q_proj(q_latent).view(*x.shape[:-1], self.heads, self.dim), rope)
+        k = self._rotate_front(self.k_norm(self.k_proj(x)).unsqueeze(-2), rope).squeeze(-2)
+        w = self.weight_proj(x).to(torch.promote_types(x.dtype, torch.float32))
+        return q, k, w * (self.heads * self.dim) ** -0.5
+
+
+class SparseLatentAttention(MultiHeadLatentAttention):
+    """MLA whose every query attends to top_k keys. Takes the arguments of MultiHeadLatentAttention besides."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        *,
+        top_k: int = 2048,
+        indexer_heads: int = 64,
+        indexer_dim: int = 128,
+        indexer_rope_interleaved: bool = False,
+        q_latent: int = 1536,
+        **options,
+    ) -> None:
+        super().__init__(hidden, heads, q_latent=q_latent, **options)
+        if q_latent is None:
+            raise ValueError("q_latent: got None, takes a size (the indexer reads the query latent)")
+        if top_k < 1:
+            raise ValueError(f"top_k: got {top_k}, takes at least 1")
+        self.top_k = top_k
+        self.indexer = Indexer(
+            hidden, q_latent, indexer_heads, indexer_dim, self.rope_dim, rope_interleaved=indexer_rope_interleaved
+        )
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> tuple:
+        """Latents [B, T_max, C + R] and the indexer's keys [B, T_max, Di]."""
+        index_keys = torch.zeros(batch, capacity, self.indexer.dim, dtype=dtype, device=device)
+        return (*super().new_cache(batch, capacity, dtype=dtype, device=device), index_keys)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        *,
+        key_start: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        step: CacheStep | None = None,
+        sparse: bool = True,
+        return_indexer_loss: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, S, hidden] -> [B, S, hidden], and with return_indexer_loss also the indexer's loss per query [B, S].
+
+        sparse=False is the warm-up stage: dense attention, the loss over all keys. Padding belongs on the right."""
+        if key_start is not None:
+            raise ValueError("key_start: sparse attention takes no left padding; pad on the right")
+        if cache is not None and (return_indexer_loss or not sparse):
+            name = "return_indexer_loss" if return_indexer_loss else "sparse"
+            raise ValueError(f"{name}: takes its default where a cache is given (generation)")
+        q_nope, q_rope, q_latent = self._queries(x, rope)
+        latent, k_rope = self._latents(x, rope)
+        index_q, index_k, index_w = self.indexer(x.detach(), q_latent.detach(), rope)
+        kv = torch.cat((latent, k_rope), dim=-1)  # [B, S, C + R]
+
+        indices = None
+        if sparse:
+            seqlens, keys, index_keys = None, kv, index_k
+            if cache is not None:
+                append_rows(cache[0], kv, step)
+                append_rows(cache[1], index_k, step)
+                if not step.fresh:
+                    seqlens, keys, index_keys = step.seqlens, *(t[:, : step.extent] for t in cache)
+            with torch.no_grad():
+                indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
+            absorbed = self._absorb(q_nope, q_rope)  # [B, S, H, C + R]
+            attended = sparse_attention(
+                absorbed, keys, indices, value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens
+            )  # [B, S, H, C]
+            out = self._emit(attended)
+        else:
+            out = self._expanded(q_nope, q_rope, latent, k_rope, None)
+            absorbed = self._absorb(q_nope, q_rope) if return_indexer_loss else None
+
+        out = self.o_proj(out.flatten(-2))
+        if not return_indexer_loss:
+            return out
+        loss = indexer_loss(
+            index_q,
+            index_k,
+            index_w,
+            absorbed.detach(),
+            kv.detach(),
+            indices=indices,
+            scale=self.scale,
+            reduction="none",
+        )  # [B, S]
+        return out, loss
+
+
+class NativeSparseAttention(nn.Module):
+    """Native sparse attention (arXiv:2502.11089): compressed, selected and window branches, gated."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        raise NotImplementedError("NativeSparseAttention is not implemented yet; SparseLatentAttention is")
