@@ -54,6 +54,7 @@ class ModelConfig:
     indexer_heads: int = 64
     indexer_dim: int = 128
     indexer_rope_interleaved: bool = False
+    dense_attention: int = 0  # of a "dsa" model, the first so many layers are plain MLA
 
     # mixture of experts
     experts: int = 0

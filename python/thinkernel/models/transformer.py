@@ -51,7 +51,7 @@ class LayerLosses(NamedTuple):
     counts: Tensor | None = None  # [E] int32
 
 
-def build_attention(config: ModelConfig) -> nn.Module:
+def build_attention(config: ModelConfig, layer: int) -> nn.Module:
     if config.attention == "gqa":
         return GroupedQueryAttention(
             config.hidden,
@@ -76,7 +76,7 @@ def build_attention(config: ModelConfig) -> nn.Module:
         rope_interleaved=config.rope_interleaved,
         scale=scale * config.yarn.softmax_factor if config.yarn else scale,
     )
-    if config.attention == "mla":
+    if config.attention == "mla" or layer < config.dense_attention:
         return MultiHeadLatentAttention(config.hidden, config.heads, **latent)
     return SparseLatentAttention(
         config.hidden,
@@ -113,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer)
         self.feed_forward_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.feed_forward = build_feed_forward(config, layer)
 
