@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
-
 from thinkernel.reference.grpo import (
     LOSS_TYPES,
     group_advantages,
@@ -21,6 +19,7 @@ from thinkernel.reference.grpo import (
     logprob,
     policy_loss,
 )
+from torch.autograd import gradcheck
 
 F64 = torch.float64
 
@@ -510,7 +509,10 @@ def test_unscored_rollout_tokens_count_as_on_policy() -> None:
     assert our_loss(data, **o).isfinite() and torch.equal(our_loss(data, **o), our_loss(same, **o))
 
 
-@pytest.mark.parametrize("kl, by_hand", [("k1", lambda d: d), ("k2", lambda d: d * d / 2), ("k3", lambda d: math.exp(-d) + d - 1)])  # fmt: skip
+KL_FORMS = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) + d - 1}
+
+
+@pytest.mark.parametrize("kl, by_hand", KL_FORMS.items(), ids=KL_FORMS)
 def test_kl_forms(kl: str, by_hand) -> None:
     data = batch(116)
     plain = our_loss(data, loss_type="bnpo")
@@ -568,8 +570,9 @@ def test_masked_positions_never_matter(loss_type: str) -> None:
     )  # fmt: skip
     data = batch(120)
     dirty = {k: v.clone() for k, v in data.items()}
-    for fill, name in zip((torch.nan, -torch.inf, torch.inf, torch.nan, -1e30), ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy")):  # fmt: skip
-        dirty[name][data["mask"] == 0] = fill
+    dirt = dict(logprob=torch.nan, old_logprob=-torch.inf, ref_logprob=torch.inf, rollout_logprob=torch.nan)
+    for name, value in (dirt | {"entropy": -1e30}).items():
+        dirty[name][data["mask"] == 0] = value
     results = []
     for d in (data, dirty):
         loss = our_loss({**d, "logprob": d["logprob"].requires_grad_()}, **o)

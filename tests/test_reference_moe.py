@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
-
 from thinkernel.reference import linear as linear_reference
 from thinkernel.reference.moe import (
     Routing,
@@ -22,6 +20,7 @@ from thinkernel.reference.moe import (
     sequence_balance_loss,
     update_expert_bias,
 )
+from torch.autograd import gradcheck
 
 transformers = pytest.importorskip("transformers")
 
@@ -256,16 +255,21 @@ def problem(seed: int, n: int, h: int, i: int, e: int, k: int, columns: int = 2,
     )  # fmt: skip
 
 
+def gpt_oss_by_hand(z):
+    g, u = z[..., 0::2].clip(max=7), z[..., 1::2].clip(-7, 7)
+    return (u + 1) * g / (1 + (-1.702 * g).exp())
+
+
+def halves(act):
+    """act(gate) * up, on a [gate | up] pre-activation."""
+    return lambda z: act(z[..., : z.shape[-1] // 2]) * z[..., z.shape[-1] // 2 :]
+
+
 ORACLE_ACTIVATIONS = {
-    "swiglu": lambda z: z[..., : z.shape[-1] // 2] * z[..., : z.shape[-1] // 2].sigmoid() * z[..., z.shape[-1] // 2 :],
-    "geglu": lambda z: 0.5
-    * z[..., : z.shape[-1] // 2]
-    * (1 + torch.erf(z[..., : z.shape[-1] // 2] / math.sqrt(2)))
-    * z[..., z.shape[-1] // 2 :],
+    "swiglu": halves(lambda g: g / (1 + (-g).exp())),
+    "geglu": halves(lambda g: 0.5 * g * (1 + torch.erf(g / math.sqrt(2)))),
     "relu2": lambda z: torch.where(z > 0, z * z, 0),
-    "gpt_oss": lambda z: (z[..., 1::2].clip(-7, 7) + 1)
-    * z[..., 0::2].clip(max=7)
-    / (1 + (-1.702 * z[..., 0::2].clip(max=7)).exp()),
+    "gpt_oss": gpt_oss_by_hand,
 }
 
 
@@ -275,7 +279,8 @@ def test_moe_equals_dense_oracle(activation: str, weight_on: str) -> None:
     p = problem(8, n=19, h=7, i=5, e=6, k=3, columns=1 if activation == "relu2" else 2)
     p["experts"][0] = torch.tensor([6, 9, 2])  # ids beyond E are another rank's
     p["experts"][1] = torch.tensor([-1, 6, 7])
-    want = dense_moe(**{**p, "experts": p["experts"].masked_fill(p["experts"] < 0, 6)}, act=ORACLE_ACTIVATIONS[activation], weight_on=weight_on)  # fmt: skip
+    for_oracle = {**p, "experts": p["experts"].masked_fill(p["experts"] < 0, 6)}
+    want = dense_moe(**for_oracle, act=ORACLE_ACTIVATIONS[activation], weight_on=weight_on)
     got = moe(**p, activation=activation, weight_on=weight_on)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert got[1].abs().max() == 0
@@ -535,7 +540,7 @@ def test_losses_gradcheck() -> None:
 
 
 def test_sequence_balance_loss_by_the_paper() -> None:
-    """Per sequence of T tokens: Σ_e f_e·P_e, f_e = E/(K·T)·count_e, P_e = mean_t s_te/Σs; then the mean over sequences."""
+    """Per sequence of T tokens: Σ_e f_e·P_e, f_e = E/(K·T)·count_e, P_e = mean_t s_te/Σs; mean over sequences."""
     z = torch.randn(9, 6, generator=generator(22), dtype=F64)
     r = route(z, 2, score="sigmoid")
     total = 0.0

@@ -107,10 +107,11 @@ def _group_places(r: Tensor, group_size: int | None, group_ids: Tensor | None) -
     n_sample = r.shape[0]
     if (group_size is None) == (group_ids is None):
         raise ValueError("group_size: give either group_size or group_ids")
-    if group_ids is None:
+    if group_size is not None:
         if group_size < 1 or n_sample % group_size:
             raise ValueError(f"group_size: got {group_size}, takes a divisor of the {n_sample} rewards")
         return torch.arange(n_sample, device=r.device), (n_sample // group_size, group_size)
+    assert group_ids is not None
     if group_ids.shape != (n_sample,):
         raise ValueError(f"group_ids: got shape {tuple(group_ids.shape)}, takes ({n_sample},)")
     _, index, counts = group_ids.unique(return_inverse=True, return_counts=True)

@@ -9,6 +9,8 @@ Advantages live in advantages.py and the policy loss in policy_loss.py; both are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ def grpo_loss(
     entropy: bool = True,
     keep_logits: bool = False,
     group: object | None = None,
-    **policy: object,
+    **policy: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`linear_logprob`, then :func:`policy_loss` with its keyword arguments -> loss, metrics.
 

@@ -107,7 +107,7 @@ def route(
     With ``n_group`` > 1 only the ``topk_group`` best groups of E/n_group neighbouring experts stay in the choice; a
     group scores its best expert ("max", DeepSeek-V2) or the sum of its two best ("top2", DeepSeek-V3), on select.
     ``renormalize`` divides by the selected sum (plus 1e-20 for sigmoid and sqrtsoftplus); for softmax that is
-    computed as the softmax over the selected logits, the same number without the underflow. ``scaling`` multiplies last.
+    computed as the softmax over the selected logits, the same number without the underflow. ``scaling`` comes last.
     Ties go to the lower index. ``experts`` [N, K] replays a given choice with the live weights.
     """
     if score not in SCORES:
@@ -244,7 +244,9 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table)
 
 
-def load_balancing_loss(probs: Tensor, counts: Tensor, *, normalize: str = "one", group: object | None = None) -> Tensor:
+def load_balancing_loss(
+    probs: Tensor, counts: Tensor, *, normalize: str = "one", group: object | None = None
+) -> Tensor:
     """``E / (K·T²) · Σ_e count_e · Σ_t p_te``: 1 when balanced (Megatron). probs [T, E], counts [E] of K·T slots.
 
     ``normalize="top_k"`` leaves the 1/K out: K when balanced (transformers, Switch Transformer for K = 1).

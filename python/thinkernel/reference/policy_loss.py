@@ -111,21 +111,23 @@ def policy_loss(
     if cu_seqlens is not None:
         unpack = _Unpack(cu_seqlens)
         advantages = unpack(advantages) if advantages.shape == logprob.shape else advantages
-        mask = unpack(mask) * unpack.valid
-        logprob, old_logprob, ref_logprob, rollout_logprob, entropy = (
-            None if t is None else unpack(t) for t in (logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
+        mask, logprob = unpack(mask) * unpack.valid, unpack(logprob)
+        old_logprob, ref_logprob, rollout_logprob, entropy = (
+            None if t is None else unpack(t) for t in (old_logprob, ref_logprob, rollout_logprob, entropy)
         )
     on = mask != 0  # [B, S] bool
     active = on.to(compute)
 
-    def clean(t: Tensor | None) -> Tensor | None:
+    def clean(t: Tensor) -> Tensor:
         """In the computing dtype, 0 where masked: 0 · NaN would still be NaN."""
-        return None if t is None else t.to(compute).masked_fill(~on, 0)
+        return t.to(compute).masked_fill(~on, 0)
 
-    logp, ref, entropy = clean(logprob), clean(ref_logprob), clean(entropy)  # [B, S]
+    logp = clean(logprob)  # [B, S]
     old = logp.detach() if old_logprob is None else clean(old_logprob)
     rollout = old if rollout_logprob is None else clean(rollout_logprob)
     rollout = torch.where(rollout.isnan() & on, old, rollout).detach()
+    entropy = None if entropy is None else clean(entropy)
+    high = epsilon if epsilon_high is None else epsilon_high
     a = advantages.to(compute)
     a = a.unsqueeze(-1) if a.dim() == 1 else a.masked_fill(~on, 0)  # [B, 1] or [B, S]
     tokens = active.sum(-1, keepdim=True).clamp(min=1)  # [B, 1]
@@ -147,11 +149,10 @@ def policy_loss(
 
     # ---- loss per token
     if loss_type in _CLIPPED:
-        high = epsilon if epsilon_high is None else epsilon_high
         capped = ratio if delta is None else ratio.clamp(max=delta)
         loss = -torch.minimum(capped * a, ratio.clamp(1 - epsilon, 1 + high) * a)
     elif loss_type == "cispo":
-        loss = -ratio.clamp(max=epsilon_high).detach() * a * logp
+        loss = -ratio.clamp(max=high).detach() * a * logp
     elif loss_type == "sapo":
         t = torch.where(a > 0, tau[0], tau[1]).to(compute)
         loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * a
@@ -168,7 +169,7 @@ def policy_loss(
         kept = ((a >= 0) | (drift <= off_policy_threshold)).to(compute)
         loss = loss * kept
         metrics["off_policy_kept"] = _mean(kept, active)
-    if top_entropy is not None:
+    if top_entropy is not None and entropy is not None:
         top = _top_entropy_mask(entropy.detach(), on, top_entropy).to(compute)
         loss = loss * top
         bonus_mask = active * top
@@ -176,8 +177,8 @@ def policy_loss(
         metrics["rollout_ratio"] = _mean(is_ratio, active)
         if loss_type != "vespo":
             loss = loss * is_ratio
-    if beta != 0:
-        d = logp - ref
+    if beta != 0 and ref_logprob is not None:
+        d = logp - clean(ref_logprob)
         divergence = {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: (-d).exp() + d - 1}[kl]()
         if kl_correction:
             divergence = divergence * ratio
@@ -187,10 +188,10 @@ def policy_loss(
     # ---- reduction
     loss = _reduce(loss, active, tokens, _REDUCTION[loss_type], num_items_in_batch, max_completion_length)
     metrics["policy_loss"] = loss.detach()
-    if entropy_coef != 0:
+    if entropy_coef != 0 and entropy is not None:
         loss = loss - entropy_coef * (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1)
     with torch.no_grad():
-        metrics |= _ratio_metrics(ratio, log_ratio, a, on, epsilon, epsilon_high, loss_type)
+        metrics |= _ratio_metrics(ratio, log_ratio, a, on, epsilon, high, loss_type)
         metrics["tokens"] = active.sum()
         if entropy is not None:
             metrics["entropy"] = _mean(entropy, active)
@@ -229,9 +230,7 @@ def _check_arguments(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: got {loss_type!r}, takes one of {LOSS_TYPES}")
     if importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(
-            f"importance_sampling_level: got {importance_sampling_level!r}, takes 'token' or 'sequence'"
-        )
+        raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, takes 'token' or 'sequence'")
     if kl not in ("k1", "k2", "k3"):
         raise ValueError(f"kl: got {kl!r}, takes 'k1', 'k2' or 'k3'")
     if beta != 0 and ref_logprob is None:
@@ -255,9 +254,7 @@ def _check_arguments(
         raise ValueError("entropy: got None, needed for entropy_coef and top_entropy")
 
 
-def _rollout_ratio(
-    log_ratio: Tensor, correction: str | None, clip: tuple[float | None, float | None]
-) -> Tensor | None:
+def _rollout_ratio(log_ratio: Tensor, correction: str | None, clip: tuple[float | None, float | None]) -> Tensor | None:
     """exp of old − rollout [B, S]: clamped (truncated importance sampling) or zeroed outside (masked)."""
     if correction is None:
         return None
@@ -310,7 +307,7 @@ def _reduce(
         return (per_sequence / tokens.squeeze(-1)).sum() / n_sequence
     if reduction == "sequence_sum":
         return per_sequence.sum() / n_sequence
-    if reduction == "fixed":
+    if reduction == "fixed" and max_completion_length is not None:
         return per_sequence.sum() / (n_sequence * max_completion_length)
     if reduction == "global" and num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, dtype=loss.dtype, device=loss.device)
@@ -330,7 +327,7 @@ def _ratio_metrics(
     a: Tensor,
     on: Tensor,
     epsilon: float,
-    epsilon_high: float | None,
+    high: float,
     loss_type: str,
 ) -> dict[str, Tensor]:
     """Clip fractions, the k3 estimate of KL(old ‖ new), and the ratio's extremes, over the active tokens.
@@ -346,13 +343,12 @@ def _ratio_metrics(
         "ratio_max": F.pad(ratio.masked_fill(~on, -math.inf).flatten(), (0, 1), value=-math.inf).amax(),
     }
     if loss_type in _CLIPPED:
-        high = epsilon if epsilon_high is None else epsilon_high
         low_clipped = ((ratio < 1 - epsilon) & (a < 0)).to(ratio.dtype)
         high_clipped = ((ratio > 1 + high) & (a > 0)).to(ratio.dtype)
         out["clip_low"] = _mean(low_clipped, active)
         out["clip_high"] = _mean(high_clipped, active)
         out["clip_fraction"] = out["clip_low"] + out["clip_high"]
     elif loss_type == "cispo":
-        out["clip_high"] = _mean(((ratio > epsilon_high) & (a > 0)).to(ratio.dtype), active)
+        out["clip_high"] = _mean(((ratio > high) & (a > 0)).to(ratio.dtype), active)
         out["clip_fraction"] = out["clip_high"]
     return out
