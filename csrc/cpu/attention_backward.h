@@ -1,0 +1,279 @@
+// One block of queries against one block of keys in attention's backward: five products and the elementwise middle.
+//
+//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = 2^(c S^T - L2), dS^T = P^T (dP^T - D'), then
+//   dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K, by panels of kPanel keys and groups of kGroup queries.
+// Panels and groups that see nothing of each other are skipped; what they would add is zero.
+#pragma once
+
+#include "attention_block.h"
+
+namespace tk::TK_ISA {
+
+// The keys each query of a (batch, key head) pair sees, and bounds over each group of queries.
+struct QueryRanges {
+  int32_t *lo, *hi;            // [rows] keys lo <= j < hi, counted from the first valid key
+  int32_t *hull_lo, *hull_hi;  // [rows / group] every key outside is unseen by the whole group; (0, 0) if nobody sees any
+  int32_t *core_lo, *core_hi;  // [rows / group] every key inside is seen by the whole group
+
+  static int64_t floats(int64_t rows, int64_t group) { return 2 * rows + 4 * (rows / group); }
+  void place(int32_t* base, int64_t rows, int64_t group) {
+    lo = base, hi = lo + rows;
+    hull_lo = hi + rows, hull_hi = hull_lo + rows / group;
+    core_lo = hull_hi + rows / group, core_hi = core_lo + rows / group;
+  }
+  QueryRanges from(int64_t q, int64_t group) const {
+    const int64_t g = q / group;
+    return {lo + q, hi + q, hull_lo + g, hull_hi + g, core_lo + g, core_hi + g};
+  }
+  // Queries [at, at + size), of which `count` exist, the first at `position`; n keys.
+  void fill(const AttentionShape& s, int64_t at, int64_t size, int64_t count, int64_t position, int64_t n, int64_t group) const {
+    for (int64_t first = at; first < at + size; first += group) {
+      const int64_t g = first / group;
+      hull_lo[g] = (int32_t)n, hull_hi[g] = 0, core_lo[g] = 0, core_hi[g] = (int32_t)n;
+      for (int64_t i = first; i < first + group; ++i) {
+        const Range seen = i - at < count ? visible_keys(s, position + i - at, n) : Range{0, 0};
+        lo[i] = (int32_t)seen.lo, hi[i] = (int32_t)seen.hi;
+        core_lo[g] = core_lo[g] > lo[i] ? core_lo[g] : lo[i];
+        core_hi[g] = core_hi[g] < hi[i] ? core_hi[g] : hi[i];
+        if (lo[i] == hi[i]) continue;
+        hull_lo[g] = hull_lo[g] < lo[i] ? hull_lo[g] : lo[i];
+        hull_hi[g] = hull_hi[g] > hi[i] ? hull_hi[g] : hi[i];
+      }
+      if (hull_hi[g] == 0) hull_lo[g] = 0;
+    }
+  }
+  bool meets(int64_t g, int64_t k0, int64_t k1) const { return hull_lo[g] < k1 && hull_hi[g] > k0; }
+};
+
+// Packed operands of the two blocks ("down": rows of the block are summed over or are C's rows; "across": C's columns).
+template <class T> struct BlockOperands {
+  int64_t keys, queries, D, Dv, ldk, ldv, first_key;
+  const T *q_across, *q_down;  // [D, queries], [queries, D] right operands
+  const T *o_across, *o_down;  // [Dv, queries], [queries, Dv] right operands: dO
+  const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
+  const T* key;                // K for dQ
+  const float *l2, *delta;     // [queries]
+  QueryRanges seen;
+};
+
+// p and dS of W scores.
+struct Grad {
+  const Transform& f;
+  vf c;
+  explicit Grad(const Transform& transform) : f(transform), c(splat(transform.c)) {}
+  void operator()(vf s, vf dp, vf l2, vf delta, vf* p, vf* ds) const {
+    vf slope = splat(1.0f);
+    if (!f.plain) {
+      s = f.apply(s);
+      if (f.cap != 0.0f) {
+        const vf ratio = s / splat(f.cap);
+        slope = fma(-ratio, ratio, slope);
+      }
+    }
+    *p = exp2_fast(fma(s, c, -l2));
+    *ds = *p * (dp - delta);
+    if (!f.plain) *ds = *ds * slope;
+  }
+};
+
+// Groups [a, b) of queries that see something of keys [k0, k1).
+template <class T> inline void groups_seeing(const BlockOperands<T>& o, int64_t group, int64_t k0, int64_t k1, int64_t* a, int64_t* b) {
+  const int64_t groups = (o.queries + group - 1) / group;
+  *a = groups, *b = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    if (o.seen.meets(g, o.first_key + k0, o.first_key + k1)) *a = least(*a, g), *b = g + 1;
+}
+// Keys [a, b) of the block, in whole panels, of which group g sees something.
+template <class T> inline void keys_seen(const BlockOperands<T>& o, int64_t panel, int64_t g, int64_t* a, int64_t* b) {
+  *a = o.keys, *b = 0;
+  for (int64_t k0 = 0; k0 < o.keys; k0 += panel)
+    if (o.seen.meets(g, o.first_key + k0, o.first_key + least(k0 + panel, o.keys))) *a = least(*a, k0), *b = k0 + panel;
+}
+
+template <class T> struct GradBlock;
+
+// ------------------------------------------------------------------------------------------------ float
+
+template <> struct GradBlock<float> {
+  using Mm = Gemm<float>;
+  static constexpr int64_t kQueries = 192, kKeys = 192, kGroup = 48, kPanel = 48;
+  static constexpr int64_t kLdq = kQueries + 16;  // rows of scores in different cache sets
+
+  static int64_t key_size(int64_t D) { return Mm::size_b(D, kKeys); }
+  static int64_t dq_size(int64_t D) { return kQueries * round_up(D, Mm::NR); }
+  static int64_t floats() { return (kPanel + kKeys) * kLdq; }
+  template <class S> static void pack_key(const S* src, int64_t stride, int64_t keys, int64_t D, float* dst) {
+    Mm::pack_b_t(src, stride, D, keys, dst);
+  }
+  const float* dq_row(const float* dq, int64_t r, int64_t D) const { return dq + r * round_up(D, Mm::NR); }
+
+  float *s, *ds;  // [kPanel, kLdq] S^T, then P^T; [kKeys, kLdq] dP^T, then dS^T
+  explicit GradBlock(float* base) : s(base), ds(base + kPanel * kLdq) {}
+
+  void run(const Transform& f, const BlockOperands<float>& o, float* dk, float* dv, float* dq, bool* dq_started) {
+    const Grad grad(f);
+    const int64_t q_panel = Mm::NR * o.queries;
+    for (int64_t k0 = 0; k0 < o.keys; k0 += kPanel) {
+      const int64_t rows = least(kPanel, o.keys - k0);
+      int64_t ga, gb;
+      groups_seeing(o, kGroup, k0, k0 + rows, &ga, &gb);
+      if (ga >= gb) continue;
+      const int64_t qa = ga * kGroup, qb = least(gb * kGroup, o.queries);
+      const int64_t ca = round_down(qa, Mm::NR), cb = round_up(gb * kGroup, Mm::NR);
+      float* dp = ds + k0 * kLdq;
+      Mm::gemm_panels(rows, cb - ca, o.D, o.k_down + k0 * o.D, Mm::MR * o.D, o.q_across + ca * o.D, Mm::NR * o.D, s + ca,
+                      kLdq, false);
+      Mm::gemm_panels(rows, cb - ca, o.Dv, o.v_down + k0 * o.Dv, Mm::MR * o.Dv, o.o_across + ca * o.Dv, Mm::NR * o.Dv,
+                      dp + ca, kLdq, false);
+      for (int64_t g = ga; g < gb; ++g) elements(grad, o, g, k0, rows, dp);
+      if (!dk) continue;
+      Mm::gemm_panels<kLdq, 1>(rows, o.ldv, qb - qa, s + qa, Mm::MR * kLdq, o.o_down + qa * Mm::NR, q_panel, dv + k0 * o.ldv,
+                               o.ldv, true);
+      Mm::gemm_panels<kLdq, 1>(rows, o.ldk, qb - qa, dp + qa, Mm::MR * kLdq, o.q_down + qa * Mm::NR, q_panel, dk + k0 * o.ldk,
+                               o.ldk, true);
+    }
+    if (!dq) return;
+    for (int64_t q = 0; q < o.queries; q += kGroup) {
+      int64_t ka, kb;
+      keys_seen(o, kPanel, q / kGroup, &ka, &kb);
+      if (ka >= kb) continue;
+      if (!*dq_started) memset(dq, 0, kQueries * o.ldk * sizeof(float)), *dq_started = true;
+      Mm::gemm_panels<1, kLdq>(least(kGroup, o.queries - q), o.ldk, least(kb, o.keys) - ka, ds + ka * kLdq + q, Mm::MR,
+                               o.key + ka * Mm::NR, Mm::NR * o.keys, dq + q * o.ldk, o.ldk, true);
+    }
+  }
+
+ private:
+  void elements(const Grad& grad, const BlockOperands<float>& o, int64_t g, int64_t k0, int64_t rows, float* dp) {
+    const int64_t j0 = o.first_key + k0;
+    const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
+    for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
+      const vf l2 = load(o.l2 + q), delta = load(o.delta + q);
+      vi lo, hi;
+      memcpy(&lo, o.seen.lo + q, sizeof lo);
+      memcpy(&hi, o.seen.hi + q, sizeof hi);
+      for (int64_t r = 0; r < rows; ++r) {
+        vf p, d;
+        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), l2, delta, &p, &d);
+        if (!whole) {
+          const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
+          p = select(in, p, zero()), d = select(in, d, zero());
+        }
+        store(s + r * kLdq + q, p);
+        store(dp + r * kLdq + q, d);
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ bf16 on AMX
+
+#if defined(__AMX_BF16__)
+template <> struct GradBlock<bf16> {
+  using Mm = Gemm<bf16>;
+  static constexpr int64_t kQueries = 256, kKeys = 256, kGroup = 32, kPanel = 32;
+  static constexpr int64_t kLdq = kQueries + 16;
+  static constexpr int64_t kStep = kPanel * 32;  // elements of a panel's step of 32 along k
+
+  static int64_t key_size(int64_t D) { return Mm::size_a(D, kKeys); }
+  static int64_t dq_size(int64_t D) { return kQueries * round_up(D, 32); }  // [queries / 32][D][32]: dQ^T by groups
+  static int64_t floats() { return 2 * kPanel * kLdq + 2 * kPanel * kQueries / 2 + kKeys * kQueries / 2 + 32 * 256; }
+  template <class S> static void pack_key(const S* src, int64_t stride, int64_t keys, int64_t D, bf16* dst) {
+    Mm::pack_a_t(src, stride, D, keys, dst);
+  }
+
+  float *s, *dp;         // [kPanel, kLdq] S^T, dP^T
+  bf16 *p_down, *ds_down;  // [kPanel, kQueries] left operands
+  bf16* ds_across;       // [kKeys, kQueries] right operand, columns of a group in the order of `unpack`
+  float* rows;           // [32, 256] a group of dQ, rows again
+  explicit GradBlock(float* base) {
+    s = base, dp = s + kPanel * kLdq;
+    p_down = (bf16*)(dp + kPanel * kLdq), ds_down = p_down + kPanel * kQueries;
+    ds_across = ds_down + kPanel * kQueries;
+    rows = (float*)(ds_across + kKeys * kQueries);
+  }
+
+  // Row r of dQ; asked for in ascending order, a group is turned around at its first row.
+  const float* dq_row(const float* dq, int64_t r, int64_t D) {
+    const int64_t Dp = round_up(D, 32);
+    if (r % 32 == 0)
+      for (int64_t d = 0; d < Dp; d += 16)
+        for (int64_t u = 0; u < 2; ++u) {
+          vi v[16];
+          for (int64_t i = 0; i < 16; ++i) memcpy(&v[i], dq + r * Dp + (d + i) * 32 + u * 16, 64);
+          transpose(v);
+          for (int64_t c = 0; c < 16; ++c) memcpy(rows + (c / 4 * 8 + c % 4 + u * 4) * 256 + d, &v[c], 64);
+        }
+    return rows + r % 32 * 256;
+  }
+
+  void run(const Transform& f, const BlockOperands<bf16>& o, float* dk, float* dv, float* dq, bool* dq_started) {
+    const Grad grad(f);
+    const int64_t kp = Mm::padded_k(o.D), vp = Mm::padded_k(o.Dv);
+    const int64_t q_panel = Mm::NR * Mm::padded_k(o.queries);
+    for (int64_t k0 = 0; k0 < o.keys; k0 += kPanel) {
+      int64_t ga, gb;
+      groups_seeing(o, kGroup, k0, least(k0 + kPanel, o.keys), &ga, &gb);
+      if (ga >= gb) continue;
+      const int64_t qa = ga * kGroup, qb = gb * kGroup;
+      Mm::gemm_panels(kPanel, qb - qa, o.D, o.k_down + k0 * kp, 0, o.q_across + qa * kp, Mm::NR * kp, s + qa, kLdq, false);
+      Mm::gemm_panels(kPanel, qb - qa, o.Dv, o.v_down + k0 * vp, 0, o.o_across + qa * vp, Mm::NR * vp, dp + qa, kLdq, false);
+      for (int64_t g = ga; g < gb; ++g) elements(grad, o, g, k0);
+      if (!dk) continue;
+      Mm::gemm_panels(kPanel, o.ldv, qb - qa, p_down + ga * kStep, 0, o.o_down + qa * Mm::NR, q_panel, dv + k0 * o.ldv, o.ldv,
+                      true);
+      Mm::gemm_panels(kPanel, o.ldk, qb - qa, ds_down + ga * kStep, 0, o.q_down + qa * Mm::NR, q_panel, dk + k0 * o.ldk,
+                      o.ldk, true);
+    }
+    if (!dq) return;
+    const int64_t k_panel = Mm::MR * Mm::padded_k(o.keys);
+    for (int64_t g = 0; g * kGroup < o.queries; ++g) {
+      int64_t ka, kb;
+      keys_seen(o, kPanel, g, &ka, &kb);
+      if (ka >= kb) continue;
+      if (!*dq_started) memset(dq, 0, dq_size(o.D) * sizeof(float)), *dq_started = true;
+      Mm::gemm_panels(kp, 32, kb - ka, o.key + ka * Mm::MR, k_panel, ds_across + g * 32 * kKeys + ka * 32, 0, dq + g * kp * 32,
+                      32, true);
+    }
+  }
+
+ private:
+  static __m512i pack2(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+  void elements(const Grad& grad, const BlockOperands<bf16>& o, int64_t g, int64_t k0) {
+    const int64_t j0 = o.first_key + k0, q = g * kGroup;
+    if (o.seen.core_lo[g] <= j0 && j0 + kPanel <= o.seen.core_hi[g]) elements<true>(grad, o, g, q, k0, j0);
+    else elements<false>(grad, o, g, q, k0, j0);
+  }
+  template <bool whole>
+  void elements(const Grad& grad, const BlockOperands<bf16>& o, int64_t g, int64_t q, int64_t k0, int64_t j0) {
+    const vf l2[2] = {load(o.l2 + q), load(o.l2 + q + W)}, delta[2] = {load(o.delta + q), load(o.delta + q + W)};
+    vi lo[2], hi[2];
+    memcpy(lo, o.seen.lo + q, sizeof lo);
+    memcpy(hi, o.seen.hi + q, sizeof hi);
+    bf16* across = ds_across + q * kKeys + k0 * 32;
+    for (int64_t r = 0; r < kPanel; r += 2) {
+      __m512i pair[2];
+      for (int64_t e = 0; e < 2; ++e) {
+        vf p[2], d[2];
+        for (int u = 0; u < 2; ++u) {
+          const int64_t at = (r + e) * kLdq + q + u * W;
+          grad(load(s + at), load(dp + at), l2[u], delta[u], p + u, d + u);
+          if (!whole) {
+            const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
+            p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());
+          }
+        }
+        const int64_t line = g * kStep + (r + e) * 32;
+        pair[e] = pack2(d[0], d[1]);
+        _mm512_store_si512(p_down + line, pack2(p[0], p[1]));
+        _mm512_store_si512(ds_down + line, pair[e]);
+      }
+      _mm512_store_si512(across + r / 2 * 32, _mm512_unpacklo_epi16(pair[0], pair[1]));
+      _mm512_store_si512(across + Mm::kTile + r / 2 * 32, _mm512_unpackhi_epi16(pair[0], pair[1]));
+    }
+  }
+};
+#endif
+
+}  // namespace tk::TK_ISA
