@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinkernel.ops import attention_backends as backends
 from thinkernel.ops import checks
-from thinkernel.ops.dispatch import C
+from thinkernel.ops.attention_backends import mask_keywords
 from thinkernel.ops.library import Op, gradients
-from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous, strides
+from thinkernel.ops.memory import rows_contiguous
 from thinkernel.reference import attention as reference
 
 Window = tuple[int, int]
@@ -70,12 +71,6 @@ append_kv_op = Op(
 )
 
 
-def _keywords(window_left: int, window_right: int, chunk: int, softcap: float) -> dict[str, Any]:
-    """The op's plain numbers as the reference's keywords."""
-    window = None if window_left < 0 and window_right < 0 else (window_left, window_right)
-    return {"window": window, "chunk": chunk or None, "softcap": softcap or None}
-
-
 def _reference_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, window_left: int, window_right: int, chunk: int,
@@ -83,7 +78,7 @@ def _reference_forward(
 ) -> tuple[Tensor, Tensor]:
     return reference.attention(
         q, k, v, causal=causal, scale=scale, sinks=sinks, key_start=key_start, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, **_keywords(window_left, window_right, chunk, softcap),
+        cu_seqlens_k=cu_seqlens_k, **mask_keywords(window_left, window_right, chunk, softcap),
     )
 
 
@@ -138,7 +133,7 @@ def _reference_decode(
     prefix = None if prefix_k is None else (prefix_k, prefix_v, prefix_length, prefix_table)
     return reference.attention_decode(
         q, k_cache, v_cache, seqlens=seqlens, block_table=block_table, causal=causal, scale=scale, sinks=sinks,
-        prefix=prefix, **_keywords(window_left, window_right, chunk, softcap),
+        prefix=prefix, **mask_keywords(window_left, window_right, chunk, softcap),
     )
 
 
@@ -154,122 +149,18 @@ def _append(
 append_kv_op.kernel("triton")(_append)
 
 
-# ---- cpu -------------------------------------------------------------------------------------------------------
+# ---- cpu and triton --------------------------------------------------------------------------------------------
 
-
-def _cpu_covers(q: Tensor, v: Tensor, *tensors: Tensor | None) -> str | None:
-    if q.dtype not in DTYPE_CODES:
-        return f"the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"
-    if not (1 <= q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
-        return f"the C++ kernels take head dims 1..256, not {q.shape[-1]} and {v.shape[-1]}"
-    return None
-
-
-def _cpu_options(
-    sinks: Tensor | None, cu_seqlens_q: Tensor | None, window_left: int, window_right: int, chunk: int, softcap: float
-) -> str | None:
-    missing = {
-        "cu_seqlens_q": cu_seqlens_q is not None, "sinks": sinks is not None, "chunk": chunk > 0,
-        "window": window_left >= 0 or window_right >= 0, "softcap": softcap != 0,
-    }
-    named = [name for name, given in missing.items() if given and name not in CPU_FEATURES]
-    return f"the C++ kernels do not take {', '.join(named)} yet" if named else None
-
-
-# Options beyond causal and key_start that the C++ kernels implement.
-CPU_FEATURES: frozenset[str] = frozenset()
-
-
-def _shape_fields(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *rest: Any) -> dict[str, Any]:
-    window_left, window_right, chunk, softcap = rest
-    return dict(
-        dtype=DTYPE_CODES[q.dtype], batch=q.shape[0], q_len=q.shape[1], k_len=k.shape[1], heads=q.shape[2],
-        kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], scale=scale, causal=int(causal),
-        window_left=window_left, window_right=window_right, chunk=chunk, softcap=softcap,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _cpu_forward_covers(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, window_left: int, window_right: int, chunk: int,
-    softcap: float,
-) -> str | None:
-    return _cpu_covers(q, v) or _cpu_options(sinks, cu_seqlens_q, window_left, window_right, chunk, softcap)
-
-
-@attention_forward.kernel("cpu", _cpu_forward_covers)
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    out = empty((*q.shape[:-1], v.shape[-1]), q)  # [B, S, H, Dv]
-    lse = empty(q.shape[:-1], q, torch.float32)  # [B, S, H]
-    key_start = None if key_start is None else key_start.int().contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
-    C.attention_forward(C.AttentionForwardParams(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), sinks=pointer(sinks), key_start=pointer(key_start),
-        out=out.data_ptr(), lse=lse.data_ptr(), q_stride=strides(q), k_stride=strides(k), v_stride=strides(v),
-        out_stride=strides(out), **_shape_fields(q, k, v, causal, scale, *rest),
-    ))
-    return out, lse
-
-
-@attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *options: _cpu_forward_covers(q, k, v, *options))
-def _cpu_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
-    key_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype), out))
-    dq, dk, dv = (empty(tuple(x.shape), x) for x in (q, k, v))
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.float().contiguous()
-    key_start = None if key_start is None else key_start.int().contiguous()
-    sinks32 = None if sinks is None else sinks.float().contiguous()
-    dsinks = None if sinks32 is None else empty(tuple(sinks32.shape), sinks32)
-    C.attention_backward(C.AttentionBackwardParams(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), dout=dout.data_ptr(),
-        dlse=pointer(dlse), sinks=pointer(sinks32), key_start=pointer(key_start), dq=dq.data_ptr(), dk=dk.data_ptr(),
-        dv=dv.data_ptr(), dsinks=pointer(dsinks), q_stride=strides(q), k_stride=strides(k), v_stride=strides(v),
-        out_stride=strides(out), dout_stride=strides(dout), dq_stride=strides(dq), dk_stride=strides(dk),
-        dv_stride=strides(dv), **_shape_fields(q, k, v, causal, scale, *rest),
-    ))
-    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks.to(sinks.dtype)
-
-
-def _cpu_decode_covers(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
-    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
-    scale: float, window_left: int, window_right: int, chunk: int, softcap: float,
-) -> str | None:
-    if prefix_k is not None:
-        return "the C++ kernels do not take prefix yet"
-    return _cpu_covers(q, v_cache) or _cpu_options(sinks, None, window_left, window_right, chunk, softcap)
-
-
-@attention_decode_op.kernel("cpu", _cpu_decode_covers)
-def _cpu_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
-    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
-    scale: float, *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    q = rows_contiguous(q)
-    out = empty((*q.shape[:-1], v_cache.shape[-1]), q)  # [B, Sq, H, Dv]
-    lse = empty(q.shape[:-1], q, torch.float32)
-    seqlens = seqlens.int().contiguous()
-    block_table = None if block_table is None else block_table.int().contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
-    C.attention_decode(C.AttentionDecodeParams(
-        q=q.data_ptr(), k=k_cache.data_ptr(), v=v_cache.data_ptr(), seqlens=seqlens.data_ptr(),
-        block_table=pointer(block_table), sinks=pointer(sinks), out=out.data_ptr(), lse=lse.data_ptr(),
-        page_size=0 if block_table is None else k_cache.shape[1],
-        max_pages=0 if block_table is None else block_table.shape[1], q_stride=strides(q), out_stride=strides(out),
-        k_stride=strides(k_cache), v_stride=strides(v_cache),
-        **_shape_fields(q, k_cache, v_cache, causal, scale, *rest),
-    ))
-    return out, lse
+attention_forward.kernel("cpu", backends.cpu_covers)(backends.cpu_forward)
+attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_covers(q, k, v, *rest))(
+    backends.cpu_backward
+)
+attention_decode_op.kernel("cpu", backends.cpu_decode_covers)(backends.cpu_decode)
+attention_forward.kernel("triton", backends.triton_covers)(backends.triton_forward)
+attention_backward.kernel("triton", lambda dout, dlse, q, k, v, out, lse, *rest: backends.triton_covers(q, k, v, *rest))(
+    backends.triton_backward
+)
+attention_decode_op.kernel("triton", backends.triton_decode_covers)(backends.triton_decode)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from thinkernel.ops import checks
+from thinkernel.ops.dispatch import C
 from thinkernel.ops.library import Op, gradients, plain, reference_op
+from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
 from thinkernel.reference import grpo as reference
 from thinkernel.reference.advantages import group_advantages as _reference_advantages
 from thinkernel.reference.policy_loss import policy_loss as _reference_policy_loss
@@ -87,6 +89,107 @@ def _reference_backward(
     found = dict(zip(positions, gradients(_reference_head, args, positions, (dlogprob, dentropy)), strict=True))
     none = hidden.new_empty(0)
     return found.get(0, none), found.get(1, weight.new_empty(0)), found.get(3, weight.new_empty(0))
+
+
+def _kernel_covers(hidden: Tensor, *rest: Any) -> str | None:
+    return None if hidden.dtype in DTYPE_CODES else f"hidden: takes float32, bfloat16 and float16, not {hidden.dtype}"
+
+
+def _row_buffers(hidden: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy (zeros where it is not asked for), lse: float32 [N]."""
+    lp, ent, lse = (empty((hidden.shape[0],), hidden, torch.float32) for _ in range(3))
+    return lp, ent if entropy else ent.zero_(), lse
+
+
+def _gradient_buffers(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden [N, D], dweight [V, D], dbias [V]; empty where not needed."""
+    dh = empty(tuple(hidden.shape) if need_hidden else (0,), hidden)
+    dw = empty(tuple(weight.shape) if need_weight else (0,), weight)
+    return dh, dw, empty((weight.shape[0] if need_bias else 0,), weight)
+
+
+@linear_logprob_forward.kernel("cpu", _kernel_covers)
+def _cpu_forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    ignore_index: int, entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, target = rows_contiguous(hidden), rows_contiguous(weight), target.long().contiguous()
+    bias = None if bias is None else bias.contiguous()
+    lp, ent, lse = _row_buffers(hidden, entropy)
+    C.linear_logprob_forward(C.LinearLogprobForwardParams(
+        **_head_fields(hidden, weight, target, bias, temperature, softcap, ignore_index), logprob=lp.data_ptr(),
+        entropy=ent.data_ptr() if entropy else 0, lse=lse.data_ptr(),
+    ))
+    return lp, ent, lse
+
+
+def _head_fields(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    ignore_index: int,
+) -> dict[str, Any]:
+    return dict(
+        dtype=DTYPE_CODES[hidden.dtype], n=hidden.shape[0], d=hidden.shape[1], v=weight.shape[0],
+        hidden=hidden.data_ptr(), hidden_stride=hidden.stride(0), weight=weight.data_ptr(),
+        weight_stride=weight.stride(0), bias=pointer(bias), target=target.data_ptr(), ignore_index=ignore_index,
+        temperature=temperature, softcap=softcap, threads=torch.get_num_threads(),
+    )
+
+
+@linear_logprob_backward.kernel("cpu", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
+def _cpu_backward(
+    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    lse: Tensor, ent: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, target = rows_contiguous(hidden), rows_contiguous(weight), target.long().contiguous()
+    bias = None if bias is None else bias.contiguous()
+    dlogprob = dlogprob.float().contiguous()
+    dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
+    dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
+    C.linear_logprob_backward(C.LinearLogprobBackwardParams(
+        **_head_fields(hidden, weight, target, bias, temperature, softcap, ignore_index), dlogprob=dlogprob.data_ptr(),
+        dentropy=pointer(dentropy), lse=lse.contiguous().data_ptr(), entropy=ent.contiguous().data_ptr(),
+        dhidden=pointer(dh) if need_hidden else 0, dweight=pointer(dw) if need_weight else 0,
+        dbias=pointer(db) if need_bias else 0,
+    ))
+    return dh, dw, db
+
+
+@linear_logprob_forward.kernel("triton", _kernel_covers)
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    ignore_index: int, entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from thinkernel.kernels import grpo as kernels
+
+    hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
+    lp, ent, lse = _row_buffers(hidden, entropy)
+    kernels.linear_logprob_forward(
+        hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
+        softcap=softcap or None, ignore_index=ignore_index,
+    )
+    return lp, ent, lse
+
+
+@linear_logprob_backward.kernel("triton", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
+def _triton_backward(
+    dlogprob: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    lse: Tensor, ent: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from thinkernel.kernels import grpo as kernels
+
+    hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
+    dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
+    dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
+    kernels.linear_logprob_backward(
+        hidden, weight, target, bias, lse, ent, dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
+        dw if need_weight else None, db if need_bias else None, temperature=temperature, softcap=softcap or None,
+        ignore_index=ignore_index,
+    )
+    return dh, dw, db
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -48,6 +48,74 @@ def _reference_backward(
     return dx, dw, dy.sum(0).to(weight.dtype) if need_bias else weight.new_empty(0)
 
 
+def _covers_dtype(x: Tensor, *rest: Any) -> str | None:
+    return None if x.dtype in DTYPE_CODES else f"x: takes float32, bfloat16 and float16, not {x.dtype}"
+
+
+@linear_forward.kernel("cpu", _covers_dtype)
+def _cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
+    y = empty((x.shape[0], weight.shape[0]), x)  # [N, O]
+    bias = None if bias is None else bias.contiguous()
+    C.linear_forward(C.LinearForwardParams(
+        dtype=DTYPE_CODES[x.dtype], n=x.shape[0], **{"in": x.shape[1]}, out=weight.shape[0], x=x.data_ptr(),
+        x_stride=x.stride(0), weight=weight.data_ptr(), weight_stride=weight.stride(0), bias=pointer(bias),
+        y=y.data_ptr(), y_stride=y.stride(0), threads=torch.get_num_threads(),
+    ))
+    return y
+
+
+def _gradient_buffers(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [N, I], dweight [O, I], dbias [O]; empty where not needed."""
+    dx = empty(tuple(x.shape) if need_x else (0,), x)
+    dw = empty(tuple(weight.shape) if need_weight else (0,), weight)
+    return dx, dw, empty((weight.shape[0] if need_bias else 0,), weight)
+
+
+@linear_backward.kernel("cpu", lambda dy, x, *rest: _covers_dtype(x))
+def _cpu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x, weight = rows_contiguous(dy.to(x.dtype)), rows_contiguous(x), rows_contiguous(weight)
+    dx, dw, db = _gradient_buffers(x, weight, need_x, need_weight, need_bias)
+    C.linear_backward(C.LinearBackwardParams(
+        dtype=DTYPE_CODES[x.dtype], n=x.shape[0], **{"in": x.shape[1]}, out=weight.shape[0], dy=dy.data_ptr(),
+        dy_stride=dy.stride(0), x=x.data_ptr(), x_stride=x.stride(0), weight=weight.data_ptr(),
+        weight_stride=weight.stride(0), dx=pointer(dx) if need_x else 0, dweight=pointer(dw) if need_weight else 0,
+        dbias=pointer(db) if need_bias else 0, threads=torch.get_num_threads(),
+    ))
+    return dx, dw, db
+
+
+@linear_forward.kernel("triton", _covers_dtype)
+def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from thinkernel.kernels import linear as kernels
+
+    y = empty((x.shape[0], weight.shape[0]), x)
+    kernels.linear(x, weight, bias, y)
+    return y
+
+
+@linear_backward.kernel("triton", lambda dy, x, *rest: _covers_dtype(x))
+def _triton_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy·W and dW = dyᵀ·x are the forward kernel on transposed views; db is one column sum."""
+    from thinkernel.kernels import linear as kernels
+
+    dy = dy.to(x.dtype)
+    dx, dw, db = _gradient_buffers(x, weight, need_x, need_weight, need_bias)
+    if need_x:
+        kernels.linear(dy, weight.T, None, dx)
+    if need_weight:
+        kernels.linear(dy.T, x.T, None, dw)
+    if need_bias:
+        db.copy_(dy.float().sum(0))
+    return dx, dw, db
+
+
 def _setup(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = args
     ctx.save_for_backward(x, weight)

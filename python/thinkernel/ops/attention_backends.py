@@ -1,0 +1,207 @@
+"""How attention's ops call the C++ and the Triton kernels: what each covers, result buffers, launch.
+
+Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, D head dim, Dv value dim. Every function takes its op's
+arguments in the op's order (ops/attention.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops.dispatch import C
+from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous, strides
+
+# Options beyond causal, scale and key_start that the C++ kernels implement.
+CPU_FEATURES: frozenset[str] = frozenset()
+
+
+def mask_keywords(window_left: int, window_right: int, chunk: int, softcap: float) -> dict[str, Any]:
+    """The op's plain numbers as the keywords of the reference and the Triton kernels."""
+    window = None if window_left < 0 and window_right < 0 else (window_left, window_right)
+    return {"window": window, "chunk": chunk or None, "softcap": softcap or None}
+
+
+def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, S, H, Dv], lse [B, S, H] float32."""
+    return empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32)
+
+
+# ---- cpu -------------------------------------------------------------------------------------------------------
+
+
+def _cpu_misses(
+    q: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None, window_left: int, window_right: int,
+    chunk: int, softcap: float,
+) -> str | None:
+    if q.dtype not in DTYPE_CODES:
+        return f"q: the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] > 256 or v.shape[-1] > 256:
+        return f"q: the C++ kernels take head dims up to 256, not {q.shape[-1]} and {v.shape[-1]}"
+    given = {
+        "cu_seqlens_q": cu_seqlens_q is not None, "sinks": sinks is not None, "chunk": chunk > 0,
+        "window": window_left >= 0 or window_right >= 0, "softcap": softcap != 0,
+    }
+    missing = [name for name, is_given in given.items() if is_given and name not in CPU_FEATURES]
+    return f"{', '.join(missing)}: not in the C++ kernels yet" if missing else None
+
+
+def cpu_covers(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> str | None:
+    return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
+
+
+def _shape_fields(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *mask: Any) -> dict[str, Any]:
+    window_left, window_right, chunk, softcap = mask
+    return dict(
+        dtype=DTYPE_CODES[q.dtype], batch=q.shape[0], q_len=q.shape[1], k_len=k.shape[1], heads=q.shape[2],
+        kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], scale=scale, causal=int(causal),
+        window_left=window_left, window_right=window_right, chunk=chunk, softcap=softcap,
+        threads=torch.get_num_threads(),
+    )
+
+
+def cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    out, lse = _results(q, v)
+    key_start, sinks = _contiguous(key_start, torch.int32), _contiguous(sinks, torch.float32)
+    C.attention_forward(C.AttentionForwardParams(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), sinks=pointer(sinks), key_start=pointer(key_start),
+        out=out.data_ptr(), lse=lse.data_ptr(), q_stride=strides(q), k_stride=strides(k), v_stride=strides(v),
+        out_stride=strides(out), **_shape_fields(q, k, v, causal, scale, *mask),
+    ))
+    return out, lse
+
+
+def cpu_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
+    key_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
+    *mask: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype), out))
+    dq, dk, dv = (empty(tuple(x.shape), x) for x in (q, k, v))
+    lse, dlse = lse.contiguous(), _contiguous(dlse, torch.float32)
+    key_start, wide_sinks = _contiguous(key_start, torch.int32), _contiguous(sinks, torch.float32)
+    dsinks = None if wide_sinks is None else empty(tuple(wide_sinks.shape), wide_sinks)
+    C.attention_backward(C.AttentionBackwardParams(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), dout=dout.data_ptr(),
+        dlse=pointer(dlse), sinks=pointer(wide_sinks), key_start=pointer(key_start), dq=dq.data_ptr(),
+        dk=dk.data_ptr(), dv=dv.data_ptr(), dsinks=pointer(dsinks), q_stride=strides(q), k_stride=strides(k),
+        v_stride=strides(v), out_stride=strides(out), dout_stride=strides(dout), dq_stride=strides(dq),
+        dk_stride=strides(dk), dv_stride=strides(dv), **_shape_fields(q, k, v, causal, scale, *mask),
+    ))
+    return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
+
+
+def cpu_decode_covers(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
+    scale: float, *mask: Any,
+) -> str | None:
+    if prefix_k is not None:
+        return "prefix: not in the C++ kernels yet"
+    return _cpu_misses(q, v_cache, sinks, None, *mask)
+
+
+def cpu_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
+    scale: float, *mask: Any,
+) -> tuple[Tensor, Tensor]:
+    q = rows_contiguous(q)
+    out, lse = _results(q, v_cache)
+    seqlens, block_table = seqlens.int().contiguous(), _contiguous(block_table, torch.int32)
+    sinks = _contiguous(sinks, torch.float32)
+    C.attention_decode(C.AttentionDecodeParams(
+        q=q.data_ptr(), k=k_cache.data_ptr(), v=v_cache.data_ptr(), seqlens=seqlens.data_ptr(),
+        block_table=pointer(block_table), sinks=pointer(sinks), out=out.data_ptr(), lse=lse.data_ptr(),
+        page_size=0 if block_table is None else k_cache.shape[1],
+        max_pages=0 if block_table is None else block_table.shape[1], q_stride=strides(q), out_stride=strides(out),
+        k_stride=strides(k_cache), v_stride=strides(v_cache),
+        **_shape_fields(q, k_cache, v_cache, causal, scale, *mask),
+    ))
+    return out, lse
+
+
+# ---- triton: imported at the first call, since importing triton takes half a second ------------------------------
+
+
+def triton_covers(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> str | None:
+    from thinkernel.kernels import attention as kernels
+
+    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale, cu_seqlens_q=cu_seqlens_q)
+
+
+def triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> tuple[Tensor, Tensor]:
+    from thinkernel.kernels import attention as kernels
+
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    out, lse = _results(q, v)
+    kernels.attention_forward(
+        q, k, v, out, lse, causal=causal, scale=scale, key_start=_contiguous(key_start, torch.int32),
+        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+    )
+    return out, lse
+
+
+def triton_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
+    key_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
+    *mask: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from thinkernel.kernels import attention_backward as kernels
+
+    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype), out))
+    dq, dk, dv = (empty(tuple(x.shape), x) for x in (q, k, v))
+    wide_sinks = _contiguous(sinks, torch.float32)
+    dsinks = None if wide_sinks is None else empty(tuple(wide_sinks.shape), wide_sinks)
+    kernels.attention_backward(
+        q, k, v, out, lse.contiguous(), dout, dq, dk, dv, causal=causal, scale=scale,
+        dlse=_contiguous(dlse, torch.float32), key_start=_contiguous(key_start, torch.int32), sinks=wide_sinks,
+        dsinks=dsinks, **mask_keywords(*mask),
+    )
+    return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
+
+
+def triton_decode_covers(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
+    scale: float, *mask: Any,
+) -> str | None:
+    from thinkernel.kernels import attention as kernels
+
+    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix_k)
+
+
+def triton_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
+    scale: float, *mask: Any,
+) -> tuple[Tensor, Tensor]:
+    from thinkernel.kernels import attention as kernels
+
+    q = rows_contiguous(q)
+    out, lse = _results(q, v_cache)
+    kernels.attention_decode(
+        q, k_cache, v_cache, out, lse, seqlens=seqlens.int().contiguous(),
+        block_table=_contiguous(block_table, torch.int32), causal=causal, scale=scale,
+        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+    )
+    return out, lse
