@@ -635,6 +635,23 @@ def test_log_ratio_clamp() -> None:
     assert rloo.item() == pytest.approx(math.exp(20), rel=1e-12)  # 15 + 15, clamped as a sum
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "cispo", "vespo"])
+def test_policy_loss_traces_as_one_graph(loss_type: str) -> None:
+    """No branch on data, no synchronisation: every option in one graph, with the eager gradient."""
+    data = batch(126)
+    lp = data.pop("logprob").requires_grad_()
+    o = dict(
+        loss_type=loss_type, epsilon_high=0.4, beta=0.1, entropy_coef=0.1, top_entropy=0.5, off_policy_threshold=0.1,
+        rollout_correction="token_mask", num_items_in_batch=torch.tensor(40),
+    )  # fmt: skip
+    torch.compiler.reset()  # a function has a limit on recompilations
+    compiled = torch.compile(policy_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    results = [f(lp, **data, **o) for f in (policy_loss, compiled)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(loss, lp)[0] for loss, _ in results]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-14)
+
+
 def test_metrics() -> None:
     logp = torch.tensor([[0.0, 0.5, -0.5, 9.0]], dtype=F64) - 1
     old = torch.full_like(logp, -1.0)
@@ -656,10 +673,10 @@ def test_metrics() -> None:
 
 def test_empty_and_fully_masked_batches() -> None:
     for loss_type in LOSS_TYPES:
-        o = dict(loss_type=loss_type, epsilon_high=2.0, max_completion_length=4)
+        o = dict(loss_type=loss_type, epsilon_high=2.0, max_completion_length=4, top_entropy=0.5, entropy_coef=0.1)
         for b, s in ((0, 3), (2, 0), (2, 3)):
             lp = torch.zeros(b, s, requires_grad=True)
-            loss, _ = policy_loss(lp, lp.detach(), torch.ones(b), torch.zeros(b, s), **o)
+            loss, _ = policy_loss(lp, lp.detach(), torch.ones(b), torch.zeros(b, s), entropy=lp.detach(), **o)
             assert loss.item() == 0
             loss.backward()
             assert lp.grad.eq(0).all()

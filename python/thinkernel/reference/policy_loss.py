@@ -283,12 +283,12 @@ def _top_entropy_mask(entropy: Tensor, on: Tensor, fraction: float) -> Tensor:
 
     By sorting and not torch.quantile, which refuses more than 2^24 entries; the masked ones sort behind the others.
     """
-    ordered = entropy.masked_fill(~on, math.inf).flatten().sort().values
+    ordered = F.pad(entropy.masked_fill(~on, math.inf).flatten(), (0, 1), value=math.inf).sort().values
     last = (on.sum() - 1).clamp(min=0)
     position = (1 - fraction) * last.double()
     low = position.long()
     step = (position - low).to(entropy.dtype)
-    a, b = ordered[low], ordered[torch.minimum(low + 1, last)]
+    a, b = ordered.gather(0, torch.stack([low, torch.minimum(low + 1, last)])).unbind()
     return on & (entropy >= a + step * (b - a))
 
 
