@@ -196,4 +196,101 @@ template <class S> inline S* at(void* base, const int64_t stride[3], int64_t b, 
   return (S*)base + b * stride[0] + s * stride[1] + h * stride[2];
 }
 
+// The queries and results of forward and decode alike.
+struct Queries {
+  const void* q;       // [B, S, H, D]
+  void* out;           // [B, S, H, Dv]
+  float* lse;          // [B, S, H]
+  const float* sinks;  // [H] or null
+  const int64_t *q_stride, *out_stride;
+};
+
+// The valid keys of each batch row, j = 0 ... count(b) - 1, in a tensor or in pages.
+struct Keys {
+  const void *k, *v;
+  const int64_t *k_stride, *v_stride;
+  int64_t k_len;                      // T
+  const int32_t* key_start = nullptr;
+  const int32_t* seqlens = nullptr;   // T of each row, instead of k_len
+  const int32_t* block_table = nullptr;
+  int64_t page_size = 0, max_pages = 0;
+
+  int64_t start(int64_t b) const { return key_start ? key_start[b] : 0; }
+  int64_t length(int64_t b) const { return seqlens ? seqlens[b] : k_len; }  // T of this row
+  int64_t count(int64_t b) const { return length(b) - start(b); }
+  // Keys from j on that lie at a constant stride.
+  int64_t run(int64_t j, int64_t end) const { return block_table ? least(end - j, page_size - j % page_size) : end - j; }
+  template <class S> const S* row(const void* base, const int64_t* stride, int64_t b, int64_t j, int64_t h) const {
+    if (!block_table) return at<S>(base, stride, b, start(b) + j, h);
+    return at<S>(base, stride, block_table[b * max_pages + j / page_size], j % page_size, h);
+  }
+};
+
+// Packs keys [j, j + keys) of head h as right operands: K^T [D, keys] and V [keys, Dv]. Pages whose size is no multiple
+// of a panel are gathered into `rows` ([kSplit, max(D, Dv)]) first.
+template <class S, class T = Compute<S>>
+inline void pack_split(const Keys& x, int64_t b, int64_t h, int64_t j, int64_t keys, int64_t D, int64_t Dv, S* rows, T* k, T* v) {
+  using Mm = Gemm<T>;
+  const int64_t kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys), end = j + keys;
+  const bool in_place = !x.block_table || x.page_size % kLine == 0 || x.run(j, end) == keys;
+  const auto gather = [&](const void* base, const int64_t* stride, int64_t width) {
+    for (int64_t i = 0; i < keys; ++i) memcpy((void*)(rows + i * width), x.row<S>(base, stride, b, j + i, h), width * sizeof(S));
+  };
+  if (!in_place) gather(x.k, x.k_stride, D), Mm::pack_b(rows, D, keys, D, k);
+  for (int64_t i = j, n; in_place && i < end; i += n) {
+    n = x.run(i, end);
+    Mm::pack_b(x.row<S>(x.k, x.k_stride, b, i, h), x.k_stride[1], n, D, k + (i - j) * kp);
+  }
+  if (!in_place) gather(x.v, x.v_stride, Dv), Mm::pack_b_t(rows, Dv, Dv, keys, v);
+  for (int64_t i = j, n; in_place && i < end; i += n) {
+    n = x.run(i, end);
+    const S* src = x.row<S>(x.v, x.v_stride, b, i, h);
+    for (int64_t d = 0; d < Dv; d += Mm::NR)
+      Mm::pack_b_t(src + d, x.v_stride[1], least(Mm::NR, Dv - d), n, v + d * keys_p + (i - j) * Mm::NR);
+  }
+}
+
+// A block of rows against one split of keys: scores, softmax, values.
+template <class T> struct SplitBlock {
+  using Mm = Gemm<T>;
+  static constexpr int64_t kRows = W < 16 ? 4 * Mm::MR : 64 / Mm::MR * Mm::MR;  // 64 (bf16), 60 (AVX-512), 24
+  const Transform transform;
+  const int64_t D, Dv, ldo = round_up(Dv, Mm::NR);
+  float* scores;   // [kRows, kLd]
+  T* probs;        // bf16: packed [kRows, kSplit]
+  float* o_split;  // [kRows, ldo]
+  float ms[kRows], ls[kRows];  // the split's maximum (-inf: the row sees nothing of it) and sum
+
+  static int64_t floats(int64_t Dv) { return kRows * (kLd + round_up(Dv, Mm::NR)) + Probs<T>::size(kRows) / 2; }
+  SplitBlock(const AttentionShape& s, float* scratch)
+      : transform(s), D(s.head_dim), Dv(s.value_dim), scores(scratch), probs((T*)(scratch + kRows * kLd)),
+        o_split(scratch + kRows * kLd + Probs<T>::size(kRows) / 2) {}
+
+  // rows <= kRows packed queries q that see `seen` of the keys [base, base + keys) packed in k and v; false: nothing of them.
+  bool run(int64_t rows, const Range* seen, int64_t base, int64_t keys, const T* q, const T* k, const T* v) {
+    int64_t k0 = keys, k1 = 0;
+    const auto clip = [&](int64_t r) { return Range{most(seen[r].lo - base, 0), least(seen[r].hi - base, keys)}; };
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range c = clip(r);
+      if (c.lo < c.hi) k0 = least(k0, c.lo), k1 = most(k1, c.hi);
+    }
+    if (k0 >= k1) return false;
+    k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
+
+    const int64_t M = round_up(rows, Mm::MR), kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys);
+    Mm::gemm_panels(M, k1 - k0, D, q, Mm::MR * kp, k + k0 * kp, Mm::NR * kp, scores + k0, kLd, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range c = clip(r);
+      ms[r] = -INFINITY;
+      if (c.lo < c.hi) softmax_row<T>(transform, scores, probs, r, c.lo, c.hi, k0, k1, ms + r, ls + r);
+      else blank_row<T>(scores, probs, r, k0, k1);
+    }
+    Probs<T>::times(M, ldo, k0, least(k1, keys_p), scores, probs, v, Mm::NR * keys_p, o_split, ldo);
+    return true;
+  }
+};
+
+// Forward over keys in a tensor or in pages, every row through its splits in order (attention_forward.cpp).
+void attention_rows(const AttentionShape& s, const Queries& q, const Keys& k);
+
 }  // namespace tk::TK_ISA

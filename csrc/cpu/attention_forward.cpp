@@ -17,67 +17,58 @@ namespace {
 template <class St> struct Forward {
   using T = Compute<St>;
   using Mm = Gemm<T>;
-  static constexpr int64_t kRows = W < 16 ? 4 * Mm::MR : 64 / Mm::MR * Mm::MR;  // 64 (bf16), 60 (AVX-512), 24
-  static constexpr int64_t kBlocks = 4;                                         // blocks in the largest chunk
-  static constexpr int64_t kPackedBytes = 256 << 20;                            // packed K and V held at a time
+  using Block = SplitBlock<T>;
+  static constexpr int64_t kRows = Block::kRows, kMaxRows = 4 * kRows;  // rows of a block and of the largest chunk
+  static constexpr int64_t kPackedBytes = 256 << 20;                    // packed K and V held at a time
 
-  const AttentionForwardParams& p;
-  const int64_t S, T_, D, Dv, G;
-  const int64_t splits = (T_ + kSplit - 1) / kSplit;
+  const AttentionShape& p;
+  const Queries& io;
+  const Keys& keys;
+  const int64_t S, D, Dv, G;
+  const int64_t splits;                                                             // of the longest row
   const int64_t k_split = Mm::size_b(kSplit, D), v_split = Mm::size_b(Dv, kSplit);  // elements of a packed split
   const int64_t ldo = round_up(Dv, Mm::NR);
-  const Transform transform{p};
 
-  explicit Forward(const AttentionForwardParams& params)
-      : p(params), S(p.q_len), T_(p.k_len), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0) {}
+  Forward(const AttentionShape& shape, const Queries& queries, const Keys& k)
+      : p(shape), io(queries), keys(k), S(p.q_len), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0),
+        splits(longest()) {}
 
-  int64_t start(int64_t b) const { return p.key_start ? p.key_start[b] : 0; }
-
-  void pack(int64_t pair, int64_t split, T* k, T* v) const {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads, j = start(b) + split * kSplit;
-    const int64_t keys = least(kSplit, T_ - j);
-    if (keys <= 0) return;
-    Mm::pack_b(at<St>(p.k, p.k_stride, b, j, h), p.k_stride[1], keys, D, k);
-    Mm::pack_b_t(at<St>(p.v, p.v_stride, b, j, h), p.v_stride[1], Dv, keys, v);
+  int64_t longest() const {
+    int64_t n = 0;
+    for (int64_t b = 0; b < p.batch; ++b) n = most(n, keys.count(b));
+    return (n + kSplit - 1) / kSplit;
   }
 
   // Scratch of one thread.
   struct Local {
-    T* q;            // packed rows of the chunk
-    St* rows;        // [kRows * kBlocks, D] rows of a chunk that spans heads
-    float* scores;   // [kRows, kLd]
-    T* probs;        // bf16: packed [kRows, kSplit]
-    float* o_split;  // [kRows, ldo]
-    float* o;        // [kRows * kBlocks, ldo]
+    T* q;          // packed rows of the chunk
+    St* rows;      // [kMaxRows, D] rows of a chunk that spans heads; [kSplit, max(D, Dv)] of a split in pages
+    float* o;      // [kMaxRows, ldo]
+    float* block;  // SplitBlock's
   };
-  static constexpr int64_t kMaxRows = kRows * kBlocks;
   int64_t local_floats() const {
-    return round_up(Mm::size_a(kMaxRows, D) * (int64_t)sizeof(T), 256) / 4 + round_up(kMaxRows * D, 64) + kRows * kLd +
-           Probs<T>::size(kRows) / 2 + (kRows + kMaxRows) * ldo;
+    return round_up(Mm::size_a(kMaxRows, D) * (int64_t)sizeof(T) / 4, 64) + kSplit * round_up(most(D, Dv), 16) + kMaxRows * ldo +
+           Block::floats(Dv);
   }
   Local local(float* base) const {
     Local x;
     x.q = (T*)base;
-    base += round_up(Mm::size_a(kMaxRows, D) * (int64_t)sizeof(T), 256) / 4;
+    base += round_up(Mm::size_a(kMaxRows, D) * (int64_t)sizeof(T) / 4, 64);
     x.rows = (St*)base;
-    base += round_up(kMaxRows * D, 64);
-    x.scores = base;
-    base += kRows * kLd;
-    x.probs = (T*)base;
-    base += Probs<T>::size(kRows) / 2;
-    x.o_split = base;
-    x.o = base + kRows * ldo;
+    base += kSplit * round_up(most(D, Dv), 16);
+    x.o = base;
+    x.block = base + kMaxRows * ldo;
     return x;
   }
 
   // Rows [r0, r1) of a pair against the packed splits k, v of that pair.
   void chunk(int64_t pair, int64_t r0, int64_t r1, const T* k, const T* v, const Local& x) const {
-    const int64_t b = pair / p.kv_heads, kv_head = pair % p.kv_heads, n = T_ - start(b), rows = r1 - r0;
+    const int64_t b = pair / p.kv_heads, kv_head = pair % p.kv_heads, n = keys.count(b), rows = r1 - r0;
     Range seen[kMaxRows];
     float m[kMaxRows], l[kMaxRows];
     int64_t first = n, last = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      seen[r] = visible_keys(p, (r0 + r) % S + T_ - S - start(b), n);
+      seen[r] = visible_keys(p, (r0 + r) % S + n - S, n);
       m[r] = -INFINITY, l[r] = 0.0f;
       if (seen[r].lo == seen[r].hi) continue;
       first = least(first, seen[r].lo), last = most(last, seen[r].hi);
@@ -85,52 +76,30 @@ template <class St> struct Forward {
     memset(x.o, 0, rows * ldo * sizeof(float));
     if (last > first) pack_queries(b, kv_head, r0, rows, x);
 
+    Block block(p, x.block);
     for (int64_t split = first / kSplit; split * kSplit < last; ++split) {
-      const int64_t base = split * kSplit, keys = least(kSplit, n - base);
-      for (int64_t r = 0; r < rows; r += kRows)
-        block(least(kRows, rows - r), seen + r, base, keys, x.q + r * Mm::padded_k(D), k + split * k_split,
-              v + split * v_split, x, m + r, l + r, x.o + r * ldo);
+      const int64_t base = split * kSplit, count = least(kSplit, n - base);
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t here = least(kRows, rows - r);
+        if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k + split * k_split, v + split * v_split)) continue;
+        for (int64_t i = 0; i < here; ++i)
+          if (block.ms[i] != -INFINITY)
+            merge_row(m + r + i, l + r + i, x.o + (r + i) * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = (r0 + r) % S, h = kv_head * G + (r0 + r) / S;
-      finish_row(m[r], l[r], x.o + r * ldo, Dv, p.sinks ? p.sinks + h : nullptr, at<St>(p.out, p.out_stride, b, i, h),
-                 p.lse + (b * S + i) * p.heads + h);
+      finish_row(m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr, at<St>(io.out, io.out_stride, b, i, h),
+                 io.lse + (b * S + i) * p.heads + h);
     }
   }
 
   void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, const Local& x) const {
     const int64_t h = kv_head * G + r0 / S;
-    if (r0 % S + rows <= S) return Mm::pack_a(at<St>(p.q, p.q_stride, b, r0 % S, h), p.q_stride[1], rows, D, x.q);
+    if (r0 % S + rows <= S) return Mm::pack_a(at<St>(io.q, io.q_stride, b, r0 % S, h), io.q_stride[1], rows, D, x.q);
     for (int64_t r = 0; r < rows; ++r)
-      memcpy(x.rows + r * D, at<St>(p.q, p.q_stride, b, (r0 + r) % S, kv_head * G + (r0 + r) / S), D * sizeof(St));
+      memcpy(x.rows + r * D, at<St>(io.q, io.q_stride, b, (r0 + r) % S, kv_head * G + (r0 + r) / S), D * sizeof(St));
     Mm::pack_a(x.rows, D, rows, D, x.q);
-  }
-
-  // A block of rows against the keys [base, base + keys) of one split.
-  void block(int64_t rows, const Range* seen, int64_t base, int64_t keys, const T* q, const T* k, const T* v,
-             const Local& x, float* m, float* l, float* o) const {
-    int64_t k0 = keys, k1 = 0;
-    const auto clip = [&](int64_t r) { return Range{most(seen[r].lo - base, 0), least(seen[r].hi - base, keys)}; };
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range c = clip(r);
-      if (c.lo < c.hi) k0 = least(k0, c.lo), k1 = most(k1, c.hi);
-    }
-    if (k0 >= k1) return;
-    k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
-
-    const int64_t M = round_up(rows, Mm::MR), kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys);
-    Mm::gemm_panels(M, k1 - k0, D, q, Mm::MR * kp, k + k0 * kp, Mm::NR * kp, x.scores + k0, kLd, false);
-
-    float ms[kRows], ls[kRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range c = clip(r);
-      ms[r] = -INFINITY;
-      if (c.lo < c.hi) softmax_row<T>(transform, x.scores, x.probs, r, c.lo, c.hi, k0, k1, ms + r, ls + r);
-      else blank_row<T>(x.scores, x.probs, r, k0, k1);
-    }
-    Probs<T>::times(M, ldo, k0, least(k1, keys_p), x.scores, x.probs, v, Mm::NR * keys_p, x.o_split, ldo);
-    for (int64_t r = 0; r < rows; ++r)
-      if (ms[r] != -INFINITY) merge_row(m + r, l + r, o + r * ldo, ms[r], ls[r], x.o_split + r * ldo, ldo);
   }
 
   void run() const {
@@ -149,9 +118,12 @@ template <class St> struct Forward {
     const auto k_of = [&](int64_t i) { return packed + i * splits * (k_split + v_split); };
     for (int64_t done = 0; done < pairs; done += wave) {
       const int64_t here = least(wave, pairs - done);
-      parallel_for(p.threads, here * splits, [&](int64_t item, int) {
-        const int64_t i = item / splits, split = item % splits;
-        pack(done + i, split, k_of(i) + split * k_split, k_of(i) + splits * k_split + split * v_split);
+      parallel_for(p.threads, here * splits, [&](int64_t item, int thread) {
+        const int64_t i = item / splits, split = item % splits, b = (done + i) / p.kv_heads;
+        const int64_t count = least(kSplit, keys.count(b) - split * kSplit);
+        if (count <= 0) return;
+        pack_split<St>(keys, b, (done + i) % p.kv_heads, split * kSplit, count, D, Dv, local(scratch + thread * floats).rows,
+                       k_of(i) + split * k_split, k_of(i) + splits * k_split + split * v_split);
       });
       parallel_for(p.threads, here * spans * chunks, [&](int64_t item, int thread) {
         // Late chunks first: under a causal mask they are the heavy ones.
@@ -165,12 +137,17 @@ template <class St> struct Forward {
 
 }  // namespace
 
-void attention_forward(const AttentionForwardParams& p) {
-  switch (p.dtype) {
-    case DType::float32: return Forward<float>(p).run();
-    case DType::bfloat16: return Forward<bf16>(p).run();
-    case DType::float16: return Forward<f16>(p).run();
+void attention_rows(const AttentionShape& s, const Queries& q, const Keys& k) {
+  switch (s.dtype) {
+    case DType::float32: return Forward<float>(s, q, k).run();
+    case DType::bfloat16: return Forward<bf16>(s, q, k).run();
+    case DType::float16: return Forward<f16>(s, q, k).run();
   }
+}
+
+void attention_forward(const AttentionForwardParams& p) {
+  const Queries queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride};
+  attention_rows(p, queries, Keys{p.k, p.v, p.k_stride, p.v_stride, p.k_len, p.key_start});
 }
 
 }  // namespace tk::TK_ISA
