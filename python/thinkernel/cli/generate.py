@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="what to solve; may be given several times")
     parser.add_argument("--samples", type=_positive, default=4, help="completions of each prompt (default 4)")
     parser.add_argument("--temperature", type=_temperature, default=1.0, help="0 takes the likeliest token (default 1)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=52, help="(default 52)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=42, help="(default 42)")
     parser.add_argument("--seed", type=int, default=0, help="(default 0)")
 
 

@@ -25,14 +25,14 @@ from thinkernel.rl import tokenizer
 from thinkernel.rl.checkpoint import write_json
 from thinkernel.rl.models import MODELS
 from thinkernel.rl.rollout import Batch, derive_seed, make_batch
-from thinkernel.rl.tasks.arithmetic import guess, is_held_out, make_problem, worked
+from thinkernel.rl.tasks.arithmetic import WORD_SHARE, guess, is_held_out, make_problem, worked
 from thinkernel.rl.trainer import apply_update
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: int = 900
-    batch: int = 128
+    steps: int = 800
+    batch: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 40
     weight_decay: float = 0.1
@@ -55,11 +55,13 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def corpus_batch(config: PretrainConfig, step: int) -> Batch:
-    """The documents of one step: prompts on the training side, each with a worked solution or a guess."""
+    """The documents of one step: prompts on the training side, each with a worked solution or a guess. A batch holds
+    either expressions or word problems: together, their different lengths would make a third of it padding."""
     rng = random.Random(derive_seed("corpus", config.seed, step))
+    words = float(rng.random() < WORD_SHARE)
     prompts, completions = [], []
     for _ in range(config.batch):
-        problem = make_problem(rng, held_out=False)
+        problem = make_problem(rng, held_out=False, word_share=words)
         assert not is_held_out(problem), "a held-out problem in the corpus"
         if rng.random() < worked_share(config, step):
             text = worked(problem)

@@ -44,7 +44,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
-    max_new_tokens: int = 52
+    max_new_tokens: int = 42
     loss_type: str = "dapo"
     epsilon: float = 0.2
     epsilon_high: float = 0.28

@@ -1,6 +1,6 @@
 """Multi-step integer arithmetic with verifiable answers, as expressions and as word problems.
 
-A problem is a *chain*: a start value and 4 or 5 steps, each of which adds, subtracts or multiplies:
+A problem is a *chain*: a start value and 3 or 4 steps, each of which adds, subtracts or multiplies:
 
     start = 12, steps = (+, 17), (*, 4), (-, 48)
     expression     ((12+17)*4-48)
@@ -22,7 +22,8 @@ START_RANGE = (2, 29)       # the value a chain starts from
 ADDEND_RANGE = (2, 29)      # what a step adds or subtracts
 FACTOR_RANGE = (2, 4)       # what a step multiplies by
 VALUE_LIMIT = 99            # every intermediate result lies in [0, VALUE_LIMIT]
-STEP_COUNTS = (4, 5)
+STEP_COUNTS = (3, 4)
+WORD_SHARE = 0.25           # of all problems, the word problems
 HELD_OUT_BUCKETS = (0,)     # of HASH_BUCKETS: an eighth of all chains is never trained on
 HASH_BUCKETS = 8
 
@@ -91,7 +92,7 @@ def story(start: int, steps: tuple[tuple[str, int], ...], rng: random.Random) ->
     return "".join(told) + " How many?"
 
 
-def make_problem(rng: random.Random, *, held_out: bool, word_share: float = 0.25) -> Problem:
+def make_problem(rng: random.Random, *, held_out: bool, word_share: float = WORD_SHARE) -> Problem:
     """Draws problems until one lies on the side asked for."""
     while True:
         value = start = rng.randint(*START_RANGE)
@@ -119,7 +120,7 @@ def make_problem(rng: random.Random, *, held_out: bool, word_share: float = 0.25
             return problem
 
 
-def make_problems(count: int, *, seed: int, held_out: bool, word_share: float = 0.25) -> list[Problem]:
+def make_problems(count: int, *, seed: int, held_out: bool, word_share: float = WORD_SHARE) -> list[Problem]:
     """`count` problems with pairwise different chains."""
     rng, seen, problems = random.Random(seed), set(), []
     while len(problems) < count:
