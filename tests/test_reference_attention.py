@@ -62,7 +62,8 @@ def oracle(q, k, v, *, causal=False, scale=None, window=None, chunk=None, sinks=
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(0, 6), st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)])),
+    sizes=st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(0, 6)),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
     causal=st.booleans(),
     window=st.sampled_from([None, (-1, -1), (0, 0), (2, 0), (1, 2), (-1, 1), (3, -1)]),
     chunk=st.sampled_from([None, 1, 3]),
@@ -71,8 +72,8 @@ def oracle(q, k, v, *, causal=False, scale=None, window=None, chunk=None, sinks=
     padded=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_every_feature_equals_the_definition(sizes, causal, window, chunk, softcap, with_sinks, padded, seed):
-    B, S, T, (H, Hkv) = sizes
+def test_every_feature_equals_the_definition(sizes, heads, causal, window, chunk, softcap, with_sinks, padded, seed):
+    (B, S, T), (H, Hkv) = sizes, heads
     q, k, v = qkv(B, S, T, H, Hkv, 5, 3, seed=seed)
     options = dict(causal=causal, window=window, chunk=chunk, softcap=softcap)
     options["sinks"] = randn(H, seed=seed) if with_sinks else None
@@ -238,7 +239,9 @@ def paged(dense: Tensor, seqlens: Tensor, page: int, seed: int) -> tuple[Tensor,
 
 @pytest.mark.parametrize("page", [None, 1, 4])
 @pytest.mark.parametrize("Sq", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (3, 0), "sinks": True}, {"chunk": 4, "softcap": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": (3, 0), "sinks": True}, {"chunk": 4, "softcap": 2.0}]
+)
 def test_decode_is_the_last_rows_of_prefill(Sq, page, options):
     B, T, H, Hkv = 4, 13, 4, 2
     seqlens = torch.tensor([13, 3, 8, 0], dtype=torch.int32)
@@ -250,7 +253,6 @@ def test_decode_is_the_last_rows_of_prefill(Sq, page, options):
     for b, n in enumerate(seqlens.tolist()):
         if n:
             q_new[b] = q[b, n - Sq : n]
-            # the prefill's last rows; without causal a decode step still sees every key
             out, lse = attention(q[b : b + 1, :n], k[b : b + 1, :n], v[b : b + 1, :n], **options)
             expected_out[b], expected_lse[b] = out[0, -Sq:], lse[0, -Sq:]
     if page is None:
@@ -328,8 +330,9 @@ def test_merge_gradients():
     def run(out_a, lse_a, out_b, lse_b):
         empty_a = torch.tensor([True, False, True])[None, :, None]
         empty_b = torch.tensor([True, True, False])[None, :, None]
-        zeroed = [x.masked_fill(e[..., None], 0.0) for x, e in ((out_a, empty_a), (out_b, empty_b))]
-        out, lse = merge_attention(zeroed[0], lse_a.masked_fill(empty_a, -INF), zeroed[1], lse_b.masked_fill(empty_b, -INF))
+        a = out_a.masked_fill(empty_a[..., None], 0.0), lse_a.masked_fill(empty_a, -INF)
+        b = out_b.masked_fill(empty_b[..., None], 0.0), lse_b.masked_fill(empty_b, -INF)
+        out, lse = merge_attention(*a, *b)
         return out, lse.masked_fill(lse.isneginf(), 0.0)
 
     assert torch.autograd.gradcheck(run, (out_a, lse_a, out_b, lse_b))

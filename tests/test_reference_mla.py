@@ -58,7 +58,8 @@ def test_absorbed_decode_equals_expanded_attention(H, Sq, page):
     v = torch.einsum("btl,hvl->bthv", latent, w_uv)
     q = torch.cat([q_nope, q_rope], dim=-1)
     for b, n in enumerate(seqlens.tolist()):
-        expected_out, expected_lse = attention(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True, scale=scale)
+        alone = q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]
+        expected_out, expected_lse = attention(*alone, causal=True, scale=scale)
         assert_close(out[b], expected_out[0])
         assert_close(lse[b], expected_lse[0])
 

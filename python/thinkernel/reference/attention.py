@@ -39,7 +39,7 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> tuple[Tensor, Tens
         hidden = torch.zeros_like(empty, dtype=scores.dtype).masked_fill(~empty, -torch.inf)
         scores = torch.where(visible, scores, hidden)
     probs = scores.softmax(-1)
-    # lse = s - log p holds for every entry; the largest is the well-conditioned one, and this costs a quarter of logsumexp.
+    # lse = s - log p holds for every entry; the largest is the well-conditioned one. A quarter of logsumexp's cost.
     largest = scores.detach().max(-1, keepdim=True).indices
     lse = (scores.gather(-1, largest) - probs.gather(-1, largest).log()).squeeze(-1)
     if empty is not None and empty.any():
@@ -53,11 +53,17 @@ def sink_gate(lse: Tensor, sinks: Tensor) -> Tensor:
 
 
 def visible_keys(
-    positions: Tensor, keys: Tensor, start: Tensor | None, end: Tensor | None, causal: bool, window: tuple[int, int] | None, chunk: int | None
+    positions: Tensor,
+    keys: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    chunk: int | None,
 ) -> Tensor | None:
     """Which keys each query sees -> bool [B or 1, S, T], or None when every query sees every key.
 
-    positions [B or 1, S] of the queries, keys [T] the key indices, start and end [B]: the valid keys are start <= j < end.
+    positions [B or 1, S] of the queries, keys [T] the key indices; start, end [B]: valid keys are start <= j < end.
     Chunks are counted from `start`, so that left padding moves nothing.
     """
     p, j = positions[:, :, None], keys  # [B|1, S, 1], [T]
@@ -85,9 +91,17 @@ def visible_keys(
     return visible
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, sinks: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """q [B,S,H,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv], visible [B|1,S,T] -> out [B,S,H,Dv], lse [B,S,H]."""
-    B, S, H, D = q.shape
+def attend(
+    q: Tensor,  # [B, S, H, D]
+    k: Tensor,  # [B, T, Hkv, D]
+    v: Tensor,  # [B, T, Hkv, Dv]
+    visible: Tensor | None,  # bool [B or 1, S, T]; None: everything
+    scale: float | None,
+    sinks: Tensor | None,  # [H]
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under a given mask -> out [B, S, H, Dv] in q's dtype, lse [B, S, H]."""
+    _, S, H, D = q.shape
     Hkv = k.shape[2]
     G, dtype = H // Hkv, compute_dtype(q.dtype)
     scale = D**-0.5 if scale is None else scale
@@ -125,9 +139,9 @@ def attention(
     What lies before `key_start` is never read: NaN there changes nothing.
     """
     if cu_seqlens_q is not None:
-        return _attention_packed(
-            q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, causal=causal, scale=scale, window=window, chunk=chunk, sinks=sinks, softcap=softcap
-        )
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        options = dict(causal=causal, scale=scale, window=window, chunk=chunk, sinks=sinks, softcap=softcap)
+        return _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     S, T = q.shape[1], k.shape[1]
     keys = torch.arange(T, device=q.device)
     positions = torch.arange(T - S, T, device=q.device)[None]  # [1, S]
@@ -138,7 +152,9 @@ def attention(
     return attend(q, k, v, visible, scale, sinks, softcap)
 
 
-def _attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options) -> tuple[Tensor, Tensor]:
+def _attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options
+) -> tuple[Tensor, Tensor]:
     """Each sequence on its own: q [N,H,D], k and v [Nk,Hkv,D] -> out [N,H,Dv], lse [N,H]."""
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     parts = [
@@ -165,7 +181,10 @@ def gather_cache(cache: Tensor, seqlens: Tensor, block_table: Tensor | None) -> 
 
 
 def append_cache(cache: Tensor, new: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
-    """Write new [B, Sq, ...] at positions seqlens - Sq ... seqlens - 1 of each sequence, in place; negative positions are dropped."""
+    """Write new [B, Sq, ...] at positions seqlens - Sq ... seqlens - 1 of each sequence, in place.
+
+    Negative positions are dropped: a row with seqlens 0 takes no part.
+    """
     B, Sq = new.shape[:2]
     position = seqlens[:, None].long() + torch.arange(-Sq, 0, device=cache.device)  # [B, Sq]
     row, i = torch.nonzero(position >= 0, as_tuple=True)
@@ -195,8 +214,9 @@ def attention_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of Sq new queries over a cache -> out [B, Sq, H, Dv], lse [B, Sq, H]: the last Sq rows of the prefill.
 
-    `prefix` holds keys that stand before every row's own: (k [Tp, Hkv, D], v [Tp, Hkv, Dv], length), or pages with their
-    table: (k_pages, v_pages, length, block_table [max_pages]). `seqlens` counts the rows' own keys only; positions go on.
+    `prefix` holds keys that stand before every row's own: (k [Tp, Hkv, D], v [Tp, Hkv, Dv], length), or pages with
+    their table: (k_pages, v_pages, length, block_table [max_pages]). `seqlens` counts the rows' own keys only;
+    their positions go on from the prefix.
     """
     Sq = q.shape[1]
     k, v = gather_cache(k_cache, seqlens, block_table), gather_cache(v_cache, seqlens, block_table)
@@ -210,7 +230,9 @@ def attention_decode(
     return attend(q, k, v, visible, scale, sinks, softcap)
 
 
-def _gather_prefix(k: Tensor, v: Tensor, length: int | Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _gather_prefix(
+    k: Tensor, v: Tensor, length: int | Tensor, block_table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     length = int(length)
     if block_table is None:
         return k[:length], v[:length]
@@ -218,14 +240,22 @@ def _gather_prefix(k: Tensor, v: Tensor, length: int | Tensor, block_table: Tens
     return k[used].flatten(0, 1)[:length], v[used].flatten(0, 1)[:length]
 
 
-def append_kv(k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None) -> None:
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    *,
+    seqlens: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
     """Write k_new and v_new [B, Sq, Hkv, D] into the caches in place; `seqlens` [B] counts them already."""
     append_cache(k_cache, k_new, seqlens, block_table)
     append_cache(v_cache, v_new, seqlens, block_table)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys from the results over each -> out [..., H, Dv], lse [..., H].
+    """Attention over two disjoint sets of keys together, from the results over each -> out [..., H, Dv], lse [..., H].
 
     lse = logaddexp(lse_a, lse_b), out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b; both empty: 0 and -inf.
     A sink is applied once, after merging.

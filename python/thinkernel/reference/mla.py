@@ -2,8 +2,9 @@
 
 Shapes: B batch, Sq new queries, T cached tokens, H heads, P pages, D = 576 = value_dim 512 + rope 64.
 
-A cached token is one row [latent 512 | rotated key 64], shared by every head: all of it is the key, its first `value_dim`
-entries are the value. The query comes absorbed, [W_UK^T q_nope | q_rope], and the output latent is still to be multiplied by W_UV:
+A cached token is one row [latent 512 | rotated key 64], shared by every head: all of it is the key, its first
+`value_dim` entries are the value. The query comes absorbed, [W_UK^T q_nope | q_rope], and the output latent is still
+to be multiplied by W_UV:
     s_j = scale * q . kv_j,   o = sum_j softmax(s)_j kv_j[:value_dim]
 with `scale` that of the expanded heads, (d_nope + d_rope)^-0.5 * mscale^2, never 576^-0.5.
 
@@ -23,13 +24,17 @@ E4M3_MAX, SMALLEST_SCALE = 448.0, 1e-4
 
 
 def quantize_latent(latent: Tensor, rope: Tensor) -> Tensor:
-    """latent [..., 512], rope [..., 64] -> bytes [..., 656]; scale = 2^ceil(log2(max(amax / 448, 1e-4))), value = e4m3 * scale."""
+    """latent [..., 512], rope [..., 64] -> bytes [..., 656].
+
+    value = e4m3 * scale, scale = 2^ceil(log2(max(amax / 448, 1e-4))) for each 128 values.
+    """
     groups = latent.float().unflatten(-1, (LATENT // GROUP, GROUP))  # [..., 4, 128]
     mantissa, exponent = torch.frexp((groups.abs().amax(-1) / E4M3_MAX).clamp_min(SMALLEST_SCALE))
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # mantissa in [0.5, 1): 0.5 is a power of two already
+    exponent = exponent - (mantissa == 0.5).int()  # mantissa in [0.5, 1): 0.5 is a power of two
     scale = torch.ldexp(torch.ones_like(mantissa), exponent)  # [..., 4]
     values = (groups / scale[..., None]).flatten(-2).to(torch.float8_e4m3fn)
-    return torch.cat([values.view(torch.uint8), scale.view(torch.uint8), rope.to(torch.bfloat16).contiguous().view(torch.uint8)], dim=-1)
+    parts = values, scale, rope.to(torch.bfloat16).contiguous()
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
 
 def dequantize_latent(cache: Tensor) -> Tensor:
@@ -42,10 +47,12 @@ def dequantize_latent(cache: Tensor) -> Tensor:
     return torch.cat([latent.to(torch.bfloat16), rope.contiguous().view(torch.bfloat16)], dim=-1)
 
 
-def append_latent(kv_cache: Tensor, latent: Tensor, rope: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None) -> None:
-    """Write latent [B, Sq, 512] and rope [B, Sq, 64] at the end of each sequence, in place; `seqlens` [B] counts them already.
+def append_latent(
+    kv_cache: Tensor, latent: Tensor, rope: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None
+) -> None:
+    """Write latent [B, Sq, 512] and rope [B, Sq, 64] at the end of each sequence, in place.
 
-    kv_cache [B, T, D] or pages [P, page, D]; uint8 [..., 656] is quantised.
+    kv_cache [B, T, D] or pages [P, page, D]; uint8 [..., 656] is quantised. `seqlens` [B] counts them already.
     """
     new = quantize_latent(latent, rope) if kv_cache.dtype == torch.uint8 else torch.cat([latent, rope], dim=-1)
     append_cache(kv_cache, new, seqlens, block_table)

@@ -1,6 +1,7 @@
 """Sparse attention with a lightning indexer (DSA: DeepSeek-V3.2, GLM-5), the specification.
 
-Shapes: B batch, S queries, T keys, H heads, Hkv key heads, D head dim, Dv value dim, Hi indexer heads, Di indexer dim, K = top_k.
+Shapes: B batch, S queries, T keys, H heads, Hkv key heads, D head dim, Dv value dim, Hi indexer heads, Di indexer dim,
+K = top_k, N packed tokens, P pages.
 
     I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])                     indexer scores, s up to the position of t
     S_t     = the K largest of I[t, :], ties to the lower index        selection
@@ -8,7 +9,8 @@ Shapes: B batch, S queries, T keys, H heads, Hkv key heads, D head dim, Dv value
     L       = mean_t KL(p_t || softmax(I[t, S_t])),  dL/dI = (softmax(I) - p) / count
 with p_t the main attention's probabilities inside S_t, averaged over heads and detached.
 
-Indices are positions in the query's own sequence, distinct within a query; -1 (or anything outside the sequence) is an empty slot.
+Indices are positions in the query's own sequence, distinct within a query; -1, or anything outside the sequence, is an
+empty slot.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from .mla import dequantize_latent, gather_latent
 
 
 def topk(scores: Tensor, k: int, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest of the first `lengths` scores of each row -> values [..., k], indices int32 [..., k] in ascending order.
+    """The k largest of the first `lengths` scores of each row -> values [..., k], indices int32 [..., k], ascending.
 
-    scores [..., T], lengths broadcastable to [...] (default T). Rows with fewer than k scores end in index -1, value -inf.
+    scores [..., T], lengths broadcastable to [...] (default T). A row with fewer than k scores ends in index -1,
+    value -inf.
     Ties go to the lower index and -0.0 equals +0.0. -inf is a score like any other; NaN ranks below it.
     """
     T = scores.shape[-1]
     position = torch.arange(T, device=scores.device)
-    # Ascending and stable on the negated scores: NaN sorts last, and what lies past `lengths` (NaN too) after the row's own NaN.
+    # Ascending and stable on the negated scores: NaN comes last, and what lies past `lengths`, made NaN, after the
+    # row's own NaN because its index is higher.
     keys = -scores.detach()
     limit = torch.full((), T, device=scores.device) if lengths is None else lengths.clamp(0, T)
     keys = keys.masked_fill(position >= limit[..., None], torch.nan)
@@ -79,18 +83,17 @@ def indexer_topk(
     cu_seqlens_k: Tensor | None = None,  # default: cu_seqlens_q
     seqlens: Tensor | None = None,  # [B] keys in the cache, the S new ones included
     block_table: Tensor | None = None,  # [B, max_pages]
-    k_scale: Tensor | None = None,  # float32, k's shape without Di: k holds e4m3 values and the score is multiplied by it
+    k_scale: Tensor | None = None,  # float32, k's shape without Di: of a key in e4m3, multiplies its scores
 ) -> Tensor:
-    """The keys each query attends to -> int32 [B, S, top_k] (packed: [N, top_k]), as `topk` of the visible scores returns them."""
+    """The keys each query attends to, `topk` of its visible scores -> int32 [B, S, top_k] (packed: [N, top_k])."""
     if cu_seqlens_q is not None:
         bounds_q, bounds_k = cu_seqlens_q.tolist(), (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).tolist()
-        parts = [
-            indexer_topk(
-                q[None, a:b], k[None, c:d], w[None, a:b], top_k=top_k, causal=causal, k_scale=None if k_scale is None else k_scale[None, c:d]
-            )[0]
-            for a, b, c, d in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True)
-        ]
-        return torch.cat([*parts, torch.empty(0, top_k, dtype=torch.int32, device=q.device)])
+        parts = [torch.empty(0, top_k, dtype=torch.int32, device=q.device)]
+        for a, b, c, d in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True):
+            scale = None if k_scale is None else k_scale[None, c:d]
+            alone = q[None, a:b], k[None, c:d], w[None, a:b]
+            parts.append(indexer_topk(*alone, top_k=top_k, causal=causal, k_scale=scale)[0])
+        return torch.cat(parts)
     S = q.shape[1]
     if seqlens is not None:
         k = gather_cache(k.to(compute_dtype(q.dtype)), seqlens, block_table)
@@ -129,9 +132,11 @@ def sparse_attention(
     seqlens: Tensor | None = None,  # [B]
     block_table: Tensor | None = None,  # [B, max_pages]
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the selected keys -> out [B, S, H, Dv] in q's dtype, lse [B, S, H] (packed: [N, ...]); empty rows 0 and -inf.
+    """Attention over the selected keys -> out [B, S, H, Dv] in q's dtype, lse [B, S, H] (packed: [N, ...]).
 
-    Latents: kv [B, T, D] (packed [Nk, D], pages [P, page, D], FP8 bytes [..., 656]) and indices [B, S, K], shared by all heads.
+    A query whose slots are all empty gives 0 and -inf.
+    Latents: kv [B, T, D] (packed [Nk, D], pages [P, page, D], FP8 bytes [..., 656]) and indices [B, S, K], the same
+    for all heads.
     GQA: kv = (k [B, T, Hkv, D], v [B, T, Hkv, Dv]) or pages of them, and indices [B, S, Hkv, K].
     With `seqlens`, slots past a sequence's end count as empty and are never read.
     """
@@ -140,7 +145,8 @@ def sparse_attention(
         parts = []
         for a, b, c, d in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True):
             part = tuple(x[None, c:d] for x in kv) if isinstance(kv, tuple) else kv[None, c:d]
-            parts.append(sparse_attention(q[None, a:b], part, indices[None, a:b], value_dim=value_dim, scale=scale, sinks=sinks))
+            alone = q[None, a:b], part, indices[None, a:b]
+            parts.append(sparse_attention(*alone, value_dim=value_dim, scale=scale, sinks=sinks))
         if not parts:
             Dv = kv[1].shape[-1] if isinstance(kv, tuple) else value_dim or q.shape[-1]
             return q.new_zeros(0, q.shape[1], Dv), q.new_zeros(0, q.shape[1], dtype=compute_dtype(q.dtype))
@@ -161,10 +167,11 @@ def sparse_attention(
     indices = indices.masked_fill((indices < 0) | (indices >= end), -1).long()
 
     keys = gather_rows(k.to(dtype), indices)  # [B, S, Hkv, K, D]
-    values = keys[..., :value_dim] if v is None else gather_rows(v.to(dtype), indices)
+    values = keys if v is None else gather_rows(v.to(dtype), indices)
     scores = (q.to(dtype) * scale).unflatten(2, (Hkv, H // Hkv)) @ keys.mT  # [B, S, Hkv, G, K]
     probs, lse = masked_softmax(scores, (indices >= 0)[:, :, :, None])
-    out, lse = (probs @ values).flatten(2, 3), lse.flatten(2, 3)
+    # Latents: cut the output, not the gathered keys: that slice costs another [B, S, K, D] gradient, half the backward.
+    out, lse = (probs @ values)[..., :value_dim].flatten(2, 3), lse.flatten(2, 3)
     if sinks is not None:
         out = out * sink_gate(lse, sinks.to(dtype))[..., None]
     return out.to(q.dtype), lse
@@ -184,8 +191,8 @@ def indexer_loss(
 ) -> Tensor:
     """KL(p_t || softmax(I_t)) over the selected keys; gradients flow to q, k and w alone.
 
-    p_t = sum over heads of the main attention's probabilities inside S_t, divided by its own sum. S_t is what `indices` says,
-    or every key up to the query's position (bottom-right aligned).
+    p_t = sum over heads of the main attention's probabilities inside S_t, divided by its own sum. S_t is what `indices`
+    says, or every key up to the query's position (bottom-right aligned).
     reduction: "mean" over all B * S queries, "sum", or "none" [B, S]. A query without keys contributes 0.
     """
     if reduction not in ("mean", "sum", "none"):
@@ -208,7 +215,7 @@ def indexer_loss(
 
 
 def _normalized_target(scores: Tensor, visible: Tensor, lse: Tensor | None) -> Tensor:
-    """scores [B, S, H, K], visible [B|1, S, 1, K], lse [B, S, H] -> p [B, S, K], summing to 1 (0 for a query without keys)."""
+    """scores [B, S, H, K], visible [B|1, S, 1, K], lse [B, S, H] -> p [B, S, K], summing to 1 (no keys: 0)."""
     if lse is None:
         probs = masked_softmax(scores, visible)[0]
     else:
