@@ -1,0 +1,133 @@
+"""Compiling the Triton kernels ahead of time, for GPUs that are not here, exactly as the host functions would launch them.
+
+The host functions run on CPU tensors with `launch` replaced: instead of running, every kernel is compiled for the asked
+architecture with the argument types, alignments and options that the launch would have had.
+"""
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from thinkernel.kernels import attention, attention_backward, configs, grpo, linear
+
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled: its name, registers a thread, bytes of stack (spills) and of shared memory, and the PTX."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+class _AbsentGPU:
+    """What Triton's compiler asks of a driver, for an architecture that this machine does not have."""
+
+    def __init__(self, arch: str) -> None:
+        self.capability = TARGETS[arch]
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps one cache per device, so one per architecture here
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def _as(arch: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_AbsentGPU(arch))
+    try:
+        with configs.force_architecture(arch):
+            yield
+    finally:
+        driver._active = before
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """-> registers a thread, bytes of stack, as cuobjdump reads them from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, f"cuobjdump -res-usage: {text!r}"
+    return int(found[1]), int(found[2])
+
+
+def compile_launches(arch: str, call: Callable[[], None], only: str | None = None) -> list[Compiled]:
+    """Every kernel that `call` would launch (or the one of that name), compiled for `arch`."""
+    found: list[Compiled] = []
+
+    def compile_only(kernel, grid, *arguments, warps, stages, device, **constants) -> None:
+        if only is not None and kernel.fn.__name__ != only:
+            return
+        built = kernel.warmup(*arguments, grid=grid, num_warps=warps, num_stages=stages, **constants)
+        registers, stack = resources(built.asm["cubin"])
+        found.append(Compiled(kernel.fn.__name__, registers, stack, built.metadata.shared, built.asm["ptx"]))
+
+    with ExitStack() as stack:
+        stack.enter_context(_as(arch))
+        for module in (attention, attention_backward, grpo, linear):
+            stack.enter_context(mock.patch.object(module, "launch", compile_only))
+        call()
+    return found
+
+
+def attention_forward_call(dtype: torch.dtype, D: int, Dv: int, T: int = 4096, **options) -> Callable[[], None]:
+    q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, T, 2, D, dtype=dtype), torch.empty(1, T, 2, Dv, dtype=dtype)
+    out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    return lambda: attention.attention_forward(q, k, v, out, lse, causal=True, **options)
+
+
+def attention_backward_call(dtype: torch.dtype, D: int, Dv: int, **options) -> Callable[[], None]:
+    q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, 1024, 2, D, dtype=dtype), torch.empty(1, 1024, 2, Dv, dtype=dtype)
+    out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return lambda: attention.attention_backward(q, k, v, out, lse, out, dq, dk, dv, causal=True, **options)
+
+
+def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = False, **options) -> Callable[[], None]:
+    q, out, lse = torch.empty(2, 1, 8, D, dtype=dtype), torch.empty(2, 1, 8, Dv, dtype=dtype), torch.empty(2, 1, 8)
+    shape = (64, 64, 2) if paged else (2, 2048, 2)
+    k, v = torch.empty(*shape, D, dtype=dtype), torch.empty(*shape, Dv, dtype=dtype)
+    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
+    return lambda: attention.attention_decode(q, k, v, out, lse, seqlens=torch.tensor([5, 9], dtype=torch.int32), block_table=table, **options)
+
+
+def logprob_forward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.empty(3, 256)
+    target = torch.zeros(256, dtype=torch.int64)
+    return lambda: grpo.linear_logprob_forward(h, w, target, None, *rows, **options)
+
+
+def logprob_backward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(4, 256)
+    target = torch.zeros(256, dtype=torch.int64)
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
+    return lambda: grpo.linear_logprob_backward(h, w, target, None, *rows, dh, dw, None, buffer_bytes=256 * 2048 * h.element_size(), **options)
+
+
+def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: bool = True) -> Callable[[], None]:
+    x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
+    b, out = torch.empty(1024, dtype=dtype) if bias else None, torch.empty(rows, 1024, dtype=dtype)
+    return lambda: linear.linear(x, w.t() if transposed else w, b, out)
