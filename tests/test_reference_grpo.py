@@ -745,6 +745,23 @@ def test_grpo_loss_equals_its_parts(packed: bool) -> None:
     assert want_grads[0][1, 2:].abs().max() == 0
 
 
+def test_grpo_loss_skips_masked_tokens() -> None:
+    """Neither a padding token's number nor a NaN in its hidden state is ever looked at."""
+    hidden, weight, _, target = head(134, 6, 3, 5)
+    mask, a = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([1.0, -0.5], dtype=F64)
+    weight.requires_grad_()
+    results = []
+    for dirty in (False, True):
+        h, t = hidden.view(2, 3, 3).clone(), target.view(2, 3).clone()
+        if dirty:
+            h[mask == 0], t[mask == 0] = torch.nan, 151_643
+        h.requires_grad_()
+        loss, metrics = grpo_loss(h, weight, t, None, a, mask)
+        results.append((loss, *torch.autograd.grad(loss, [h, weight]), metrics["entropy"]))
+    for clean, dirty in zip(*results):
+        assert torch.equal(clean, dirty)
+
+
 def test_grpo_loss_gradcheck() -> None:
     hidden, weight, bias, target = head(131, 6, 3, 5)
     old, _ = linear_logprob(hidden, weight, target, bias=bias)

@@ -77,7 +77,6 @@ def group_advantages(
             d = d * n / (n - 1).clamp(min=1)
         elif normalize == "maxrl":
             d = (d / m).masked_fill(m == 0, 0)
-        d = d.masked_fill(constant & ~grouped.isnan(), 0)
         a = _from_groups(d.squeeze(-1), place)  # [R]
         if normalize == "whiten":
             a = _z_score(a, eps, correction)
