@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
 def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr,
                     S, T, H, G,
                     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -53,54 +53,23 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
 
     # Load the queries.
     q_base = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh + m0.to(tl.int64) * stride_qs
-    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, True, WIDE)  # [M, D]
+    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, WIDE)  # [M, D]
     q_rest = q
     if REST_D > 0:
-        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, True, WIDE)
+        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
     kv_head = (h // G).to(tl.int64)
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
 
-    # Attend to the keys, split by split: masked blocks at the near end, whole blocks, masked blocks at the far end.
+    # Attend to the keys, split by split.
     first, last, whole_first, whole_last = key_blocks(
         m0 + T - S, tl.minimum(m0 + M, S) - 1 + T - S, key_start, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], float("-inf"), tl.float32)
-    if SPLITS:
-        per_split: tl.constexpr = SPLIT // N
-        for split in range(first // per_split, tl.cdiv(last, per_split)):
-            a = tl.maximum(first, split * per_split)
-            d = tl.minimum(last, (split + 1) * per_split)
-            w0 = tl.minimum(tl.maximum(whole_first, a), d)
-            w1 = tl.maximum(tl.minimum(whole_last, d), w0)
-            part = tl.zeros([M, BLOCK_DV], tl.float32)
-            part_total = tl.zeros([M], tl.float32)
-            part_peak = tl.full([M], float("-inf"), tl.float32)
-            if LEFT or CHUNK:
-                part, part_total, part_peak = attend(
-                    part, part_total, part_peak, q, q_rest, p, a, w0, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-                    scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            part, part_total, part_peak = attend(
-                part, part_total, part_peak, q, q_rest, p, w0, w1, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            part, part_total, part_peak = attend(
-                part, part_total, part_peak, q, q_rest, p, w1, d, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            acc, total, peak = merge(acc, total, peak, part, part_total, part_peak)
-    else:
-        if LEFT or CHUNK:
-            acc, total, peak = attend(
-                acc, total, peak, q, q_rest, p, first, whole_first, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-        else:
-            whole_first = first
-        acc, total, peak = attend(
-            acc, total, peak, q, q_rest, p, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-        acc, total, peak = attend(
-            acc, total, peak, q, q_rest, p, whole_last, last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+    acc, total, peak = attend(
+        acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
+        scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
 
     # Normalise and write.
     sink = 0.0
@@ -112,7 +81,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     tl.store(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=row < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SQ", "capacity", "n_pages", "n_splits", "left", "right", "chunk"])
 def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, peak_ptr, seqlens_ptr, table_ptr, sinks_ptr,
                    SQ, HKV, G, capacity, n_pages, n_splits,
                    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -161,30 +130,16 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
         first, last, whole_first, whole_last = key_blocks(
             s_first + T - SQ, s_last // G + T - SQ, 0, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
         per_split: tl.constexpr = SPLIT // N
-        first = tl.maximum(first, split * per_split)
-        last = tl.maximum(tl.minimum(last, (split + 1) * per_split), first)
-        whole_first = tl.minimum(tl.maximum(whole_first, first), last)
-        whole_last = tl.maximum(tl.minimum(whole_last, last), whole_first)
         acc = tl.zeros([M, BLOCK_DV], tl.float32)
         total = tl.zeros([M], tl.float32)
         peak = tl.full([M], float("-inf"), tl.float32)
-        table = table_ptr + b * stride_table
-        if PAGE > 0:  # page numbers are checked key by key
-            whole_first = last
-            whole_last = last
-        if LEFT or CHUNK or PAGE > 0:
-            acc, total, peak = attend(
-                acc, total, peak, q, q_rest, p, first, whole_first, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-        else:
-            whole_first = first
-        if PAGE == 0:
-            acc, total, peak = attend(
-                acc, total, peak, q, q_rest, p, whole_first, whole_last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            acc, total, peak = attend(
-                acc, total, peak, q, q_rest, p, whole_last, last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
-                scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, PAGE, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        table = k_base  # stands in where there are no pages
+        if PAGE > 0:
+            table = table_ptr + b * stride_table
+        acc, total, peak = attend(
+            acc, total, peak, q, q_rest, p, tl.maximum(first, split * per_split), tl.minimum(last, (split + 1) * per_split), whole_first, whole_last,
+            0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages, scale, softcap, left, right, chunk,
+            N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
 
         # Write the result, or the split.
         value = tl.arange(0, BLOCK_DV)
@@ -204,7 +159,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
             tl.store(peak_ptr + slot, peak, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SQ", "capacity", "n_splits"])
 def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, sinks_ptr, SQ, H, capacity, n_splits,
                   stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
                   DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr):

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_tiles import LOG2E, blocks, floor_divide, key_blocks, mask_arguments, visible
-from .primitives import dot, is_wide, launch, load_tile, store_tile, tanh
+from .attention_tiles import LOG2E, blocks, capped, floor_divide, key_blocks, mask_arguments, visible
+from .primitives import dot, is_wide, launch, load_tile, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, delta_ptr, dsink_ptr, S, H, stride_ob, stride_os, stride_oh,
                  stride_gb, stride_gs, stride_gh, stride_lb, stride_ls, stride_lh, stride_eb, stride_es, stride_eh,
                  DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr, WIDE: tl.constexpr):
@@ -38,8 +38,8 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, del
     row = m0 + tl.arange(0, M)
     inside = row < S
     head = h.to(tl.int64)
-    out = load_tile(out_ptr + b * stride_ob + head * stride_oh + m0.to(tl.int64) * stride_os, stride_os, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)
-    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + m0.to(tl.int64) * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)
+    out = load_tile(out_ptr + b * stride_ob + head * stride_oh + m0.to(tl.int64) * stride_os, stride_os, S - m0, M, 0, BLOCK_DV, DV, WIDE)
+    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + m0.to(tl.int64) * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)
     product = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [M]
     lse = tl.load(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, mask=inside, other=float("-inf"))
     empty = lse == float("-inf")
@@ -58,57 +58,15 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, del
 
 
 @triton.jit
-def _gradient(products, dweights, level, delta, scale, softcap, SOFTCAP: tl.constexpr):
-    """q·k, dO·v and the row values -> P and dS without its factor `scale`; shapes [M, N], or [N, M] throughout."""
+def _weights(s, level, scale, SOFTCAP: tl.constexpr):
+    """P = exp(s − L) from (capped) products and level = L·log2 e; −inf gives 0."""
     factor = scale * LOG2E
-    slope = 1.0
     if SOFTCAP:
-        ratio = tanh(products * (scale / softcap))
-        products = softcap * ratio
         factor = LOG2E
-        slope = 1.0 - ratio * ratio
-    p = tl.exp2(tl.fma(products, tl.full(products.shape, factor, tl.float32), tl.broadcast_to(-level, products.shape)))
-    return p, p * (dweights - delta) * slope
+    return tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)))
 
 
-@triton.jit
-def _add_queries(dk, dk_rest, dv, k, k_rest, v, j, block_first, block_last, anchor, q_base, dout_base, level_ptr, delta_ptr,
-                 stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
-                 D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-                 SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """Adds query blocks [block_first, block_last) of one head to dk [N, D] (in two parts) and dv [N, Dv]."""
-    for block in range(block_first, block_last):
-        m0 = anchor + block * M
-        row = m0 + tl.arange(0, M)
-        at = m0.to(tl.int64)
-        q = load_tile(q_base + at * stride_qs, stride_qs, S - m0, M, 0, BLOCK_D, D, MASKED, WIDE)  # [M, D]
-        s = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))  # [N, M]
-        if REST_D > 0:
-            q_rest = load_tile(q_base + at * stride_qs, stride_qs, S - m0, M, BLOCK_D, REST_D, D, MASKED, WIDE)
-            s = dot(k_rest, tl.trans(q_rest), s)
-        dout = load_tile(dout_base + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, MASKED, WIDE)  # [M, Dv]
-        dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
-        if MASKED:
-            level = tl.load(level_ptr + row, mask=row < S, other=float("inf"))
-            delta = tl.load(delta_ptr + row, mask=row < S, other=0.0)
-        else:
-            level = tl.load(level_ptr + row)
-            delta = tl.load(delta_ptr + row)
-        p, ds = _gradient(s, dp, level[None, :], delta[None, :], scale, softcap, SOFTCAP)
-        if MASKED:
-            seen = visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK) & (row < S)[None, :]
-            p = tl.where(seen, p, 0.0)
-            ds = tl.where(seen, ds, 0.0)
-        dv = dot(p.to(dout.dtype), dout, dv)
-        ds = ds.to(q.dtype)
-        dk = dot(ds, q, dk)
-        if REST_D > 0:
-            dk_rest = dot(ds, q_rest, dk_rest)
-    return dk, dk_rest, dv
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
 def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv_ptr, key_start_ptr, S, T, HKV, G,
                  stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                  stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
@@ -134,14 +92,14 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
         head = kv_head.to(tl.int64)
         at = n0.to(tl.int64)
         k_base = k_ptr + b * stride_kb + head * stride_kh + at * stride_ks
-        k = load_tile(k_base, stride_ks, T - n0, N, 0, BLOCK_D, D, True, WIDE)  # [N, D]
+        k = load_tile(k_base, stride_ks, T - n0, N, 0, BLOCK_D, D, WIDE)  # [N, D]
         k_rest = k
         dk = tl.zeros([N, BLOCK_D], tl.float32)
         dk_rest = dk
         if REST_D > 0:
-            k_rest = load_tile(k_base, stride_ks, T - n0, N, BLOCK_D, REST_D, D, True, WIDE)
+            k_rest = load_tile(k_base, stride_ks, T - n0, N, BLOCK_D, REST_D, D, WIDE)
             dk_rest = tl.zeros([N, REST_D], tl.float32)
-        v = load_tile(v_ptr + b * stride_vb + head * stride_vh + at * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, True, WIDE)  # [N, Dv]
+        v = load_tile(v_ptr + b * stride_vb + head * stride_vh + at * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
         dv = tl.zeros([N, BLOCK_DV], tl.float32)
 
         # Query blocks [first, last) that see any of these keys, [whole_first, whole_last) that see all of them.
@@ -163,26 +121,38 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
         last = tl.maximum(tl.cdiv(tl.maximum(high - anchor, 0), M), first)
         whole_first = tl.minimum(tl.cdiv(whole_low - anchor, M), last)
         whole_last = tl.maximum(tl.minimum(tl.maximum(whole_high - anchor, 0) // M, last), whole_first)
-        if not RIGHT:
-            whole_first = first
-        for g in range(0, G):
-            h = kv_head * G + g
-            rows = (b * (HKV * G) + h) * S
-            q_base = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
-            dout_base = dout_ptr + b * stride_gb + h.to(tl.int64) * stride_gh
-            if RIGHT:
-                dk, dk_rest, dv = _add_queries(
-                    dk, dk_rest, dv, k, k_rest, v, j, first, whole_first, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
-                    stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
-                    D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            dk, dk_rest, dv = _add_queries(
-                dk, dk_rest, dv, k, k_rest, v, j, whole_first, whole_last, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
-                stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
-                D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-            dk, dk_rest, dv = _add_queries(
-                dk, dk_rest, dv, k, k_rest, v, j, whole_last, last, anchor, q_base, dout_base, level_ptr + rows, delta_ptr + rows,
-                stride_qs, stride_gs, S, T, key_start, scale, softcap, left, right, chunk,
-                D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+
+        # Add query block after query block, head after head of the group, in one flat loop: nested or split into masked
+        # and unmasked loops it spills registers.
+        count = last - first
+        level_base = level_ptr + (b * HKV + kv_head) * G * S
+        delta_base = delta_ptr + (b * HKV + kv_head) * G * S
+        q_base = q_ptr + b * stride_qb + head * G * stride_qh
+        dout_base = dout_ptr + b * stride_gb + head * G * stride_gh
+        for step in range(0, G * count):
+            g = tl.cast(step // count, tl.int64)
+            block = first + step % count
+            m0 = anchor + block * M
+            row = m0 + tl.arange(0, M)
+            q_at = q_base + g * stride_qh + m0.to(tl.int64) * stride_qs
+            q = load_tile(q_at, stride_qs, S - m0, M, 0, BLOCK_D, D, WIDE)  # [M, D]
+            s = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))  # [N, M]
+            if REST_D > 0:
+                q_rest = load_tile(q_at, stride_qs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
+                s = dot(k_rest, tl.trans(q_rest), s)
+            dout = load_tile(dout_base + g * stride_gh + m0.to(tl.int64) * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
+            dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
+            level = tl.load(level_base + g * S + row, mask=row < S, other=float("inf"))
+            delta = tl.load(delta_base + g * S + row, mask=row < S, other=0.0)
+            s, slope = capped(s, scale, softcap, SOFTCAP)
+            if (block < whole_first) | (block >= whole_last):
+                s = tl.where(visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
+            p = _weights(s, level[None, :], scale, SOFTCAP)
+            dv = dot(p.to(dout.dtype), dout, dv)
+            ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
+            dk = dot(ds, q, dk)
+            if REST_D > 0:
+                dk_rest = dot(ds, q_rest, dk_rest)
 
         dk_base = dk_ptr + b * stride_dkb + head * stride_dkh + at * stride_dks
         store_tile(dk_base, dk * scale, stride_dks, T - n0, N, 0, BLOCK_D, D, WIDE)
@@ -191,35 +161,7 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
         store_tile(dv_ptr + b * stride_dvb + head * stride_dvh + at * stride_dvs, dv, stride_dvs, T - n0, N, 0, BLOCK_DV, DV, WIDE)
 
 
-@triton.jit
-def _add_keys(dq, dq_rest, q, q_rest, dout, level, delta, p, block_first, block_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
-              scale, softcap, left, right, chunk,
-              D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-              M: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-              SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """Adds canonical key blocks [block_first, block_last) to dq [M, D] (in two parts)."""
-    for block in range(block_first, block_last):
-        n0 = key_start + block * N
-        at = n0.to(tl.int64)
-        k = load_tile(k_base + at * stride_ks, stride_ks, T - n0, N, 0, BLOCK_D, D, MASKED, WIDE)  # [N, D]
-        s = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))  # [M, N]
-        if REST_D > 0:
-            k_rest = load_tile(k_base + at * stride_ks, stride_ks, T - n0, N, BLOCK_D, REST_D, D, MASKED, WIDE)
-            s = dot(q_rest, tl.trans(k_rest), s)
-        v = load_tile(v_base + at * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, MASKED, WIDE)  # [N, Dv]
-        dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32))  # [M, N]
-        weights, ds = _gradient(s, dp, level[:, None], delta[:, None], scale, softcap, SOFTCAP)
-        if MASKED:
-            j = n0 + tl.arange(0, N)
-            ds = tl.where(visible(p[:, None], j[None, :], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), ds, 0.0)
-        ds = ds.to(k.dtype)
-        dq = dot(ds, k, dq)
-        if REST_D > 0:
-            dq_rest = dot(ds, k_rest, dq_rest)
-    return dq, dq_rest
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
 def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr, key_start_ptr, S, T, H, G,
                     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                     stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, scale, softcap, left, right, chunk,
@@ -240,14 +182,14 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
     if KEY_START:
         key_start = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), T)
     q_base = q_ptr + b * stride_qb + head * stride_qh + at * stride_qs
-    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, True, WIDE)  # [M, D]
+    q = load_tile(q_base, stride_qs, S - m0, M, 0, BLOCK_D, D, WIDE)  # [M, D]
     q_rest = q
     dq = tl.zeros([M, BLOCK_D], tl.float32)
     dq_rest = dq
     if REST_D > 0:
-        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, True, WIDE)
+        q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
         dq_rest = tl.zeros([M, REST_D], tl.float32)
-    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, True, WIDE)  # [M, Dv]
+    dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
     rows = (b * H + h) * S
     level = tl.load(level_ptr + rows + row, mask=row < S, other=float("inf"))
     delta = tl.load(delta_ptr + rows + row, mask=row < S, other=0.0)
@@ -257,18 +199,24 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
 
     first, last, whole_first, whole_last = key_blocks(
         m0 + T - S, tl.minimum(m0 + M, S) - 1 + T - S, key_start, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
-    if LEFT or CHUNK:
-        dq, dq_rest = _add_keys(
-            dq, dq_rest, q, q_rest, dout, level, delta, p, first, whole_first, key_start, T, k_base, v_base, stride_ks, stride_vs,
-            scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-    else:
-        whole_first = first
-    dq, dq_rest = _add_keys(
-        dq, dq_rest, q, q_rest, dout, level, delta, p, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
-        scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, False, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-    dq, dq_rest = _add_keys(
-        dq, dq_rest, q, q_rest, dout, level, delta, p, whole_last, last, key_start, T, k_base, v_base, stride_ks, stride_vs,
-        scale, softcap, left, right, chunk, D, DV, BLOCK_D, REST_D, BLOCK_DV, M, N, True, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+    for block in range(first, last):
+        n0 = key_start + block * N
+        at_n = n0.to(tl.int64)
+        k = load_tile(k_base + at_n * stride_ks, stride_ks, T - n0, N, 0, BLOCK_D, D, WIDE)  # [N, D]
+        s = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))  # [M, N]
+        if REST_D > 0:
+            k_rest = load_tile(k_base + at_n * stride_ks, stride_ks, T - n0, N, BLOCK_D, REST_D, D, WIDE)
+            s = dot(q_rest, tl.trans(k_rest), s)
+        v = load_tile(v_base + at_n * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
+        dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32))  # [M, N]
+        s, slope = capped(s, scale, softcap, SOFTCAP)
+        if (block < whole_first) | (block >= whole_last):
+            j = n0 + tl.arange(0, N)
+            s = tl.where(visible(p[:, None], j[None, :], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
+        ds = (_weights(s, level[:, None], scale, SOFTCAP) * (dp - delta[:, None]) * slope).to(k.dtype)
+        dq = dot(ds, k, dq)
+        if REST_D > 0:
+            dq_rest = dot(ds, k_rest, dq_rest)
 
     dq_base = dq_ptr + b * stride_dqb + head * stride_dqh + at * stride_dqs
     store_tile(dq_base, dq * scale, stride_dqs, S - m0, M, 0, BLOCK_D, D, WIDE)

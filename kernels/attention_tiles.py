@@ -26,10 +26,11 @@ def floor_divide(a, b):
 
 @triton.jit
 def visible(p, j, key_start, key_end, left, right, chunk, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr):
-    """Whether the query at position p sees key j; p and j broadcast against each other."""
-    seen = (j >= key_start) & (j < key_end) & (p == p)
+    """Whether the query at position p sees key j ≥ key_start; p and j broadcast against each other."""
     if RIGHT:
-        seen = seen & (j <= p + right)
+        seen = j <= tl.minimum(p + right, key_end - 1)
+    else:
+        seen = (j < key_end) & (p == p)
     if LEFT:
         seen = seen & (j >= p - left)
     if CHUNK:
@@ -62,22 +63,25 @@ def key_blocks(p_first, p_last, key_start, key_end, left, right, chunk, BLOCK_N:
 
 
 @triton.jit
-def cap(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """q·k -> what the softmax multiplies by `scale` afterwards: q·k itself, or the capped score."""
+def capped(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """q·k -> itself and 1, or with a softcap c: s = c·tanh(scale·q·k / c) and its slope 1 − (s/c)²."""
+    slope = 1.0
     if SOFTCAP:
-        products = softcap * tanh(products * (scale / softcap))
-    return products
+        ratio = tanh(products * (scale / softcap))
+        products = softcap * ratio
+        slope = 1.0 - ratio * ratio
+    return products, slope
 
 
 @triton.jit
 def load_keys(base, start, stride, left_over, table, stride_page, n_pages, N: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-              WIDTH: tl.constexpr, PAGE: tl.constexpr, CHECK: tl.constexpr, WIDE: tl.constexpr):
+              WIDTH: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr):
     """Keys or values [N, COLUMNS] from key `start` on: rows of a dense cache, or of pages (PAGE > 0) through `table`.
 
     Rows past `left_over` and pages whose number lies outside [0, n_pages) are not read and come back as 0.
     """
     if PAGE == 0:
-        tile = load_tile(base + start.to(tl.int64) * stride, stride, left_over, N, FIRST, COLUMNS, WIDTH, CHECK, WIDE)
+        tile = load_tile(base + start.to(tl.int64) * stride, stride, left_over, N, FIRST, COLUMNS, WIDTH, WIDE)
     else:
         row = tl.arange(0, N)
         j = start + row
@@ -90,51 +94,6 @@ def load_keys(base, start, stride, left_over, table, stride_page, n_pages, N: tl
 
 
 @triton.jit
-def attend(acc, total, peak, q, q_rest, p, block_first, block_last, key_start, key_end,
-           k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages,
-           scale, softcap, left, right, chunk,
-           N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-           PAGE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-           SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M] in units of log 2.
-
-    `scale` multiplies capped products into base-2 scores. Masked and unmasked blocks use the same operations on the
-    same values, the fused multiply-add included, so which of the two loops a block runs in never shows in the bits.
-    """
-    factor = scale * LOG2E
-    if SOFTCAP:
-        factor = LOG2E
-    for block in range(block_first, block_last):
-        start = key_start + block * N
-        k = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, 0, BLOCK_D, D, PAGE, MASKED, WIDE)  # [N, D]
-        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
-        if REST_D > 0:
-            k_rest = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, BLOCK_D, REST_D, D, PAGE, MASKED, WIDE)
-            s = dot(q_rest, tl.trans(k_rest), s)
-        s = cap(s, scale, softcap, SOFTCAP)
-        if MASKED:
-            j = start + tl.arange(0, N)
-            seen = visible(p[:, None], j[None, :], key_start, key_end, left, right, chunk, LEFT, RIGHT, CHUNK)
-            if PAGE > 0:
-                page = tl.load(table + j // PAGE, mask=j < key_end, other=-1)
-                seen = seen & ((page >= 0) & (page < n_pages))[None, :]
-            highest = tl.max(tl.where(seen, s * factor, float("-inf")), 1)
-        else:
-            highest = tl.max(s * factor, 1)
-        new_peak = tl.maximum(peak, highest)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
-        weights = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)))
-        if MASKED:
-            weights = tl.where(seen, weights, 0.0)
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(weights, 1)
-        v = load_keys(v_base, start, stride_v, key_end - start, table, stride_vp, n_pages, N, 0, BLOCK_DV, DV, PAGE, MASKED, WIDE)  # [N, Dv]
-        acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
-        peak = new_peak
-    return acc, total, peak
-
-
-@triton.jit
 def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b):
     """Adds the next split (b) to what came before (a). An empty side leaves the other's bits as they are."""
     peak = tl.maximum(peak_a, peak_b)
@@ -144,6 +103,57 @@ def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b):
     # Written as explicit fused operations: prefill and decode must round alike.
     acc = tl.fma(acc_a, tl.broadcast_to(w_a[:, None], acc_a.shape), acc_b * w_b[:, None])
     return acc, tl.fma(total_a, w_a, total_b * w_b), peak
+
+
+@triton.jit
+def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first, whole_last, key_start, key_end,
+           k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages, scale, softcap, left, right, chunk,
+           N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+           PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M] in units of log 2.
+
+    Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops
+    spill registers at the tile sizes that matter, and here both kinds of block run the very same operations, so which kind
+    a block is never shows in a row's bits (nor does the fused multiply-add, written out for that reason).
+    """
+    factor = scale * LOG2E
+    if SOFTCAP:
+        factor = LOG2E
+    done = acc
+    done_total = total
+    done_peak = peak
+    for block in range(block_first, block_last):
+        start = key_start + block * N
+        if PER_SPLIT > 0:
+            if block % PER_SPLIT == 0:
+                done, done_total, done_peak = merge(done, done_total, done_peak, acc, total, peak)
+                acc = tl.zeros_like(acc)
+                total = tl.zeros_like(total)
+                peak = tl.full(peak.shape, float("-inf"), tl.float32)
+        k = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, 0, BLOCK_D, D, PAGE, WIDE)  # [N, D]
+        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
+        if REST_D > 0:
+            k_rest = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, BLOCK_D, REST_D, D, PAGE, WIDE)
+            s = dot(q_rest, tl.trans(k_rest), s)
+        s, _ = capped(s, scale, softcap, SOFTCAP)
+        if (block < whole_first) | (block >= whole_last):
+            j = start + tl.arange(0, N)
+            s = tl.where(visible(p[:, None], j[None, :], key_start, key_end, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
+        if PAGE > 0:
+            j = start + tl.arange(0, N)
+            page = tl.load(table + j // PAGE, mask=j < key_end, other=-1)
+            s = tl.where(((page >= 0) & (page < n_pages))[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
+        weights = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)))
+        decay = tl.exp2(peak - base)
+        total = total * decay + tl.sum(weights, 1)
+        v = load_keys(v_base, start, stride_v, key_end - start, table, stride_vp, n_pages, N, 0, BLOCK_DV, DV, PAGE, WIDE)  # [N, Dv]
+        acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+        peak = new_peak
+    if PER_SPLIT > 0:
+        acc, total, peak = merge(done, done_total, done_peak, acc, total, peak)
+    return acc, total, peak
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, te
     return acc / temperature, capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "n_splits"])
 def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, total_ptr, moment_ptr, chosen_ptr, N, D, V, n_splits,
                     stride_hm, stride_wv, temperature, softcap,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
@@ -82,7 +82,7 @@ def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, tota
         tl.store(chosen_ptr + row, chosen, mask=(row < live) & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_splits"])
 def _merge_kernel(peak_ptr, total_ptr, moment_ptr, chosen_ptr, order_ptr, live_ptr, logprob_ptr, entropy_ptr, lse_ptr, N, n_splits,
                   BLOCK_M: tl.constexpr, ENTROPY: tl.constexpr):
     """Splits, in order -> logprob, entropy, lse [N] at each row's own place; rows past the live ones give 0, 0, 0."""
@@ -115,7 +115,7 @@ def _merge_kernel(peak_ptr, total_ptr, moment_ptr, chosen_ptr, order_ptr, live_p
         tl.store(entropy_ptr + to, tl.where(live, log_total - moment / total, 0.0), mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "first", "columns"])
 def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse_ptr, entropy_ptr, dlogprob_ptr, dentropy_ptr, dy_ptr,
                     N, D, V, first, columns, stride_hm, stride_wv, stride_dy, temperature, softcap,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,

@@ -60,7 +60,7 @@ def add_product(acc, x_ptr, w_ptr, rows_left, columns_left, K, stride_xm, stride
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _product_kernel(x_ptr, w_ptr, bias_ptr, acc_ptr, out_ptr, rows_ptr, live_ptr, M, N, K,
                     stride_xm, stride_xk, stride_wn, stride_wk, stride_am, stride_om, stride_on,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,

@@ -25,21 +25,17 @@ def dot(a, b, accumulator):
 
 @triton.jit
 def load_tile(pointer, stride, rows_left, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-              WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr, WIDE: tl.constexpr):
+              WIDTH: tl.constexpr, WIDE: tl.constexpr):
     """Columns FIRST … FIRST+COLUMNS−1 of the ROWS rows at `pointer`; 0 past `rows_left` rows and past WIDTH columns."""
     row = tl.arange(0, ROWS)
     if WIDE:
         row = row.to(tl.int64)
     column = FIRST + tl.arange(0, COLUMNS)
     at = pointer + row[:, None] * stride + column[None, :]
-    if CHECK_ROWS and FIRST + COLUMNS > WIDTH:
+    if FIRST + COLUMNS > WIDTH:
         tile = tl.load(at, mask=(row < rows_left)[:, None] & (column < WIDTH)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        tile = tl.load(at, mask=(row < rows_left)[:, None], other=0.0)
-    elif FIRST + COLUMNS > WIDTH:
-        tile = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(at, mask=(row < rows_left)[:, None], other=0.0)
     return tile
 
 
