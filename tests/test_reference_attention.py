@@ -194,17 +194,18 @@ def test_rows_that_see_nothing():
 
 
 def test_left_padding_moves_nothing():
+    # three padding keys and chunks of four: the chunks have to be counted from the first valid key
     q, k, v = qkv(1, 9, 9, 4, 2, 16, 16)
-    pad = torch.full((1, 4, 2, 16), torch.nan, dtype=torch.float64)
+    pad = torch.full((1, 3, 2, 16), torch.nan, dtype=torch.float64)
     options = dict(causal=True, window=(5, 0), chunk=4, sinks=randn(4))
     out, lse = attention(q, k, v, **options)
-    pq = torch.cat([randn(1, 4, 4, 16, seed=8), q], dim=1)
+    pq = torch.cat([randn(1, 3, 4, 16, seed=8), q], dim=1)
     pk, pv = (torch.cat([pad, x], dim=1).requires_grad_() for x in (k, v))
-    padded_out, padded_lse = attention(pq, pk, pv, key_start=torch.tensor([4]), **options)
-    assert_close(padded_out[:, 4:], out)
-    assert_close(padded_lse[:, 4:], lse)
-    padded_out[:, 4:].sum().backward()
-    assert (pk.grad[:, :4] == 0).all() and (pv.grad[:, :4] == 0).all() and pk.grad[:, 4:].isfinite().all()
+    padded_out, padded_lse = attention(pq, pk, pv, key_start=torch.tensor([3]), **options)
+    assert_close(padded_out[:, 3:], out)
+    assert_close(padded_lse[:, 3:], lse)
+    padded_out[:, 3:].sum().backward()
+    assert (pk.grad[:, :3] == 0).all() and (pv.grad[:, :3] == 0).all() and pk.grad[:, 3:].isfinite().all()
 
 
 @pytest.mark.parametrize("lengths_q, lengths_k", [([3, 0, 5], None), ([1, 4], [6, 4]), ([2, 3], [0, 3]), ([], [])])

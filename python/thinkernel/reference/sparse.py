@@ -144,9 +144,9 @@ def sparse_attention(
         bounds_q, bounds_k = cu_seqlens_q.tolist(), (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).tolist()
         parts = []
         for a, b, c, d in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True):
-            part = tuple(x[None, c:d] for x in kv) if isinstance(kv, tuple) else kv[None, c:d]
-            alone = q[None, a:b], part, indices[None, a:b]
-            parts.append(sparse_attention(*alone, value_dim=value_dim, scale=scale, sinks=sinks))
+            part = (kv[0][None, c:d], kv[1][None, c:d]) if isinstance(kv, tuple) else kv[None, c:d]
+            chosen = indices[None, a:b]
+            parts.append(sparse_attention(q[None, a:b], part, chosen, value_dim=value_dim, scale=scale, sinks=sinks))
         if not parts:
             Dv = kv[1].shape[-1] if isinstance(kv, tuple) else value_dim or q.shape[-1]
             return q.new_zeros(0, q.shape[1], Dv), q.new_zeros(0, q.shape[1], dtype=compute_dtype(q.dtype))
