@@ -150,9 +150,9 @@ def test_sampling_stays_inside_the_filters() -> None:
     torch.manual_seed(1)
     logits = 3 * torch.randn(64, V)
     noise = uniform_noise(torch.arange(64), 200)
-    edges = torch.tensor([0.0, 1 - 2.0**-32])
+    edges = torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64)
     for step in range(200):
-        u = noise[:, step] if step >= 2 else edges[step].double().expand(64)
+        u = noise[:, step] if step >= 2 else edges[step].expand(64)
         tokens, _ = sample(logits, u, top_k=5, top_p=0.8)
         rank = (logits > logits.gather(-1, tokens[:, None])).sum(-1)
         assert rank.max() < 5
