@@ -8,6 +8,9 @@
 
 #include "kernels.h"
 #include "types.h"
+#ifdef TK_WITH_CUDA
+#include "cuda_kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -74,5 +77,43 @@ PYBIND11_MODULE(_C, m) {
     return names;
   }, "The ISA levels this CPU runs and this build has, lowest first.");
   m.def("set_isa", [](const std::string& level) { tk::set_isa(level.c_str()); }, "Chooses a level; for tests.");
+
+  // AttentionShape's fields, which all three take
+#define TK_ATTENTION_SHAPE dtype, batch, q_len, k_len, heads, kv_heads, head_dim, value_dim, scale, causal, window_left, \
+      window_right, chunk, softcap, threads
+  using tk::AttentionForwardParams, tk::AttentionBackwardParams, tk::AttentionDecodeParams;
+  bind_params<AttentionForwardParams>(m, "AttentionForwardParams", TK_FIELDS(AttentionForwardParams, TK_ATTENTION_SHAPE, q,
+      k, v, sinks, key_start, out, lse, q_stride, k_stride, v_stride, out_stride));
+  bind_params<AttentionBackwardParams>(m, "AttentionBackwardParams", TK_FIELDS(AttentionBackwardParams, TK_ATTENTION_SHAPE,
+      q, k, v, out, lse, dout, dlse, sinks, key_start, dq, dk, dv, dsinks, q_stride, k_stride, v_stride, out_stride,
+      dout_stride, dq_stride, dk_stride, dv_stride));
+  bind_params<AttentionDecodeParams>(m, "AttentionDecodeParams", TK_FIELDS(AttentionDecodeParams, TK_ATTENTION_SHAPE, q, k,
+      v, seqlens, block_table, sinks, out, lse, page_size, max_pages, q_stride, out_stride, k_stride, v_stride));
+  TK_BIND_KERNEL(m, attention_forward, AttentionForwardParams);
+  TK_BIND_KERNEL(m, attention_backward, AttentionBackwardParams);
+  TK_BIND_KERNEL(m, attention_decode, AttentionDecodeParams);
+
+  using tk::LinearForwardParams, tk::LinearBackwardParams, tk::LinearLogprobForwardParams, tk::LinearLogprobBackwardParams;
+  bind_params<LinearForwardParams>(m, "LinearForwardParams", TK_FIELDS(LinearForwardParams, dtype, n, in, out, x, x_stride,
+      weight, weight_stride, bias, y, y_stride, threads));
+  bind_params<LinearBackwardParams>(m, "LinearBackwardParams", TK_FIELDS(LinearBackwardParams, dtype, n, in, out, dy,
+      dy_stride, x, x_stride, weight, weight_stride, dx, dweight, dbias, threads));
+  bind_params<LinearLogprobForwardParams>(m, "LinearLogprobForwardParams", TK_FIELDS(LinearLogprobForwardParams, dtype, n,
+      d, v, hidden, hidden_stride, weight, weight_stride, bias, target, ignore_index, temperature, softcap, logprob, entropy,
+      lse, threads));
+  bind_params<LinearLogprobBackwardParams>(m, "LinearLogprobBackwardParams", TK_FIELDS(LinearLogprobBackwardParams, dtype,
+      n, d, v, hidden, hidden_stride, weight, weight_stride, bias, target, ignore_index, temperature, softcap, dlogprob,
+      dentropy, lse, entropy, dhidden, dweight, dbias, threads));
+  TK_BIND_KERNEL(m, linear_forward, LinearForwardParams);
+  TK_BIND_KERNEL(m, linear_backward, LinearBackwardParams);
+  TK_BIND_KERNEL(m, linear_logprob_forward, LinearLogprobForwardParams);
+  TK_BIND_KERNEL(m, linear_logprob_backward, LinearLogprobBackwardParams);
+
+#ifdef TK_WITH_CUDA
+  bind_params<tk::TopkParams>(m, "TopkParams", TK_FIELDS(tk::TopkParams, scores, lengths, values, indices, workspace,
+      workspace_bytes, dtype, rows, length, row_stride, k, chunk));
+  m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");
+  m.def("topk_cuda", &tk::cuda::topk, "Enqueues top-k on a raw CUDA stream.", py::call_guard<py::gil_scoped_release>());
+#endif
   m.attr("cuda_left_out") = TK_CUDA_WHY;  // "" when the CUDA half is in
 }

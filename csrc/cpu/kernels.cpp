@@ -1,6 +1,10 @@
 // The function table of one ISA level. Compiled once per level, TK_ISA names the namespace.
 #include "kernels.h"
 
+#include "attention_kernels.h"
+#include "grpo_kernels.h"
+#include "linear_kernels.h"
+
 namespace tk {
 namespace TK_ISA {
 
@@ -10,6 +14,13 @@ namespace TK_ISA {
 const Kernels& table() {
   static const Kernels kernels{
       .level = TK_STRING(TK_ISA),
+      .attention_forward = attention_forward,
+      .attention_backward = attention_backward,
+      .attention_decode = attention_decode,
+      .linear_forward = linear_forward,
+      .linear_backward = linear_backward,
+      .linear_logprob_forward = linear_logprob_forward,
+      .linear_logprob_backward = linear_logprob_backward,
   };
   return kernels;
 }

@@ -1,10 +1,21 @@
 // The function table that each ISA level fills in (csrc/cpu/kernels.cpp) and csrc/dispatch.cpp chooses from.
 #pragma once
 
+#include "attention.h"
+#include "grpo.h"
+#include "linear.h"
+
 namespace tk {
 
 struct Kernels {
   const char* level = nullptr;  // "baseline", "avx2", "avx512" or "amx"
+  void (*attention_forward)(const AttentionForwardParams&) = nullptr;
+  void (*attention_backward)(const AttentionBackwardParams&) = nullptr;
+  void (*attention_decode)(const AttentionDecodeParams&) = nullptr;
+  void (*linear_forward)(const LinearForwardParams&) = nullptr;
+  void (*linear_backward)(const LinearBackwardParams&) = nullptr;
+  void (*linear_logprob_forward)(const LinearLogprobForwardParams&) = nullptr;
+  void (*linear_logprob_backward)(const LinearLogprobBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

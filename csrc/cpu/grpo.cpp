@@ -1,0 +1,359 @@
+// linear_logprob and its gradients (include/grpo.h). N rows, n of them active, D hidden, V vocabulary.
+//
+//   y = h·Wᵀ + b,  u = tanh(y / c),  z = c·u / τ  (no softcap: z = y / τ),  p = softmax(z)
+//   logprob = z[target] − lse,  entropy = lse − Σ p z
+//   dz = g_lp (1[target] − p) − g_H p (log p + H),  dy = dz / τ · (1 − u²)
+//   dh = dy·W,  dW = dyᵀ·h,  db = Σ_rows dy
+//
+// Logits live as tiles of kRows x kBlock in L2 and are never stored beyond. The vocabulary is cut into blocks of kBlock from
+// 0; each block gives a row its (max, Σ e^(z − max), Σ (z − max) e^(z − max)), merged in order inside a super-block
+// and then over super-blocks: an order that depends on V alone. Rows never meet but in dW and db, whose sums run
+// over the active rows in order.
+#include "grpo_kernels.h"
+
+#include "matmul.h"
+
+namespace tk::TK_ISA {
+
+namespace {
+
+constexpr int64_t kBlock = 384;              // vocabulary columns of a logits tile: a multiple of every MR and NR
+constexpr int64_t kRows = 192;               // rows of a logits tile: a multiple of every MR and KU
+constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (forward)
+constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
+constexpr int64_t kMaxSuper = 4 * kStep;
+constexpr int64_t kGradientBytes = 48 << 20; // dy kept at a time, in both layouts together
+constexpr int64_t kDepth = 256;              // columns of D in a work item of dh and dW
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What turns a sum h·w into z, shared by both directions.
+struct Head {
+  float temperature, softcap;
+  bool plain;  // z is the sum itself
+};
+
+// The rows that are not ignored.
+struct ActiveRows {
+  Scratch<int64_t> index;
+  int64_t n = 0;
+  ActiveRows(const int64_t* target, int64_t N, int64_t ignore_index) : index(N) {
+    for (int64_t i = 0; i < N; ++i)
+      if (target[i] != ignore_index) index[n++] = i;
+  }
+};
+
+// count active rows from the first-th on as a matrix: in place if they are neighbours, else copied to temp [count, D].
+template <class S> struct RowBlock {
+  const S* p;
+  int64_t stride;
+  RowBlock(const S* hidden, int64_t hidden_stride, const int64_t* index, int64_t first, int64_t count, int64_t D, S* temp) {
+    if (index[first + count - 1] - index[first] == count - 1) {
+      p = hidden + index[first] * hidden_stride;
+      stride = hidden_stride;
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) memcpy(temp + i * D, hidden + index[first + i] * hidden_stride, D * sizeof(S));
+    p = temp;
+    stride = D;
+  }
+};
+
+// The active rows of hidden as a left operand [n, D] and, if right is given, as the right operand of dW: [D, n].
+template <class T, class S>
+void pack_hidden(int threads, const S* hidden, int64_t stride, const ActiveRows& rows, int64_t D, T* left, T* right) {
+  using G = Gemm<T>;
+  constexpr int64_t kChunk = 96;  // a multiple of every MR and KU
+  const int64_t Dp = G::padded_k(D), np = G::padded_k(rows.n);
+  Scratch<S> temp(threads * kChunk * D);
+  parallel_for(threads, ceil_div(rows.n, kChunk), [&](int64_t item, int thread) {
+    const int64_t r = item * kChunk, count = least(kChunk, rows.n - r);
+    const RowBlock<S> block(hidden, stride, rows.index, r, count, D, temp + thread * kChunk * D);
+    G::pack_a(block.p, block.stride, count, D, left + r * Dp);
+    for (int64_t d = 0; right && d < D; d += G::NR)
+      G::pack_b_t(block.p + d, block.stride, least(G::NR, D - d), count, right + d * np + r * G::NR);
+  });
+}
+
+// z of W sums, and dz/dy · τ.
+inline vf to_z(vf sum, const Head& head, vf bias, vf* slope) {
+  vf y = sum + bias;
+  *slope = splat(1.0f);
+  if (head.softcap > 0) {
+    const vf u = tanh(y / head.softcap);
+    y = head.softcap * u;
+    *slope = 1.0f - u * u;
+  }
+  if (head.temperature != 1) y /= head.temperature;
+  return y;
+}
+
+inline vf minus_infinity() { return splat(-INFINITY); }
+// The reference point of a sum of exponentials: a row of -inf alone keeps 0, so that its terms are 0 and not NaN.
+inline vf finite_max(vf m) { return m == -INFINITY ? zero() : m; }
+
+// Per row: max, Σ e^(z − max), Σ (z − max) e^(z − max).
+struct Partial {
+  float *m, *s, *t;
+};
+
+// Statistics of one row of a tile; z is left in the row when the head changes the sums.
+inline void row_statistics(float* row, int64_t cols, const Head& head, const float* bias, bool entropy, float* m, float* s,
+                           float* t) {
+  vf peak = minus_infinity();
+  if (!head.plain || cols % W) {
+    for (int64_t j = 0; j < cols; j += W) {
+      vf z = load(row + j), slope;
+      if (!head.plain) z = to_z(z, head, load(bias + j), &slope);
+      if (cols - j < W) z = lane_index() < (int32_t)(cols - j) ? z : minus_infinity();
+      store(row + j, z);
+      peak = max(peak, z);
+    }
+  } else {
+    for (int64_t j = 0; j < cols; j += W) peak = max(peak, load(row + j));
+  }
+  const float top = reduce_max(peak);
+  const vf base = finite_max(splat(top));
+  vf sum = zero(), weighted = zero();
+  if (entropy) {
+    for (int64_t j = 0; j < cols; j += W) {
+      const vf x = load(row + j) - base, e = exp(x);
+      sum += e;
+      weighted += e > 0.0f ? x * e : e;  // 0 log 0 = 0; a NaN stays
+    }
+  } else {
+    for (int64_t j = 0; j < cols; j += W) sum += exp(load(row + j) - base);
+  }
+  *m = top;
+  *s = reduce_add(sum);
+  *t = reduce_add(weighted);
+}
+
+// a ← a merged with b, W rows at a time; the arrays are padded to W.
+inline void merge(const Partial& a, const Partial& b, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += W) {
+    const vf ma = load(a.m + i), mb = load(b.m + i), sa = load(a.s + i), sb = load(b.s + i);
+    const vf m = max(ma, mb), base = finite_max(m);
+    const vf wa = exp(ma - base), wb = exp(mb - base);
+    const vf shift_a = wa > 0.0f ? ma - base : zero(), shift_b = wb > 0.0f ? mb - base : zero();
+    store(a.m + i, m);
+    store(a.s + i, sa * wa + sb * wb);
+    store(a.t + i, wa * fma(shift_a, sa, load(a.t + i)) + wb * fma(shift_b, sb, load(b.t + i)));
+  }
+}
+
+// bias[first : first + kBlock] in float, zeros where there is none.
+template <class S> void load_bias(const S* bias, int64_t first, int64_t cols, float* dst) {
+  for (int64_t j = 0; j < kBlock; j += W)
+    store(dst + j, bias && j < cols ? load_n(bias + first + j, (int)least(W, cols - j)) : zero());
+}
+
+template <class S> void forward(const LinearLogprobForwardParams& p) {
+  using T = Compute<S>;
+  using G = Gemm<T>;
+  const ActiveRows rows(p.target, p.n, p.ignore_index);
+  const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D);
+  memset(p.logprob, 0, p.n * sizeof(float));
+  memset(p.lse, 0, p.n * sizeof(float));
+  if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
+  if (n == 0) return;
+  const Head head{p.temperature, p.softcap, !p.bias && p.softcap == 0 && p.temperature == 1};
+  const bool entropy = p.entropy != nullptr;
+
+  const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
+  Scratch<T> left(G::size_a(n, Dp));
+  Scratch<T> right(p.threads * G::size_b(kBlock, Dp));
+  Scratch<float> tiles(p.threads * kRows * kBlock);
+  Scratch<float> partials(supers * 3 * padded);  // [super-block][m, s, t][row]
+  Scratch<float> target_z(n);
+  pack_hidden<T, S>(p.threads, (const S*)p.hidden, p.hidden_stride, rows, D, left, (T*)nullptr);
+
+  const auto partial = [&](int64_t super, int64_t row) {
+    float* at = partials + super * 3 * padded + row;
+    return Partial{at, at + padded, at + 2 * padded};
+  };
+  const int64_t groups = least(chunks, ceil_div(4 * p.threads, supers)), group = ceil_div(chunks, groups);
+  parallel_for(p.threads, supers * groups, [&](int64_t item, int thread) {
+    const int64_t super = item / groups, first = item % groups * group, last = least(chunks, first + group);
+    T* packed = right + thread * G::size_b(kBlock, Dp);
+    float* tile = tiles + thread * kRows * kBlock;
+    alignas(64) float bias[kBlock], stats[3][kRows];
+    for (int64_t v = super * kSuper; v < least(V, (super + 1) * kSuper); v += kBlock) {
+      const int64_t cols = least(kBlock, V - v);
+      G::pack_b((const S*)p.weight + v * p.weight_stride, p.weight_stride, cols, D, packed);
+      load_bias((const S*)p.bias, v, cols, bias);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t r = chunk * kRows, count = least(kRows, n - r);
+        G::gemm(count, cols, D, left + r * Dp, packed, tile, kBlock, false);
+        const bool opens = v == super * kSuper;
+        const Partial out = partial(super, r);
+        const Partial block = opens ? out : Partial{stats[0], stats[1], stats[2]};
+        for (int64_t i = 0; i < round_up(count, W); ++i) {
+          if (i >= count) {  // keeps the padding quiet
+            block.m[i] = block.s[i] = block.t[i] = 0;
+            continue;
+          }
+          float* row = tile + i * kBlock;
+          row_statistics(row, cols, head, bias, entropy, block.m + i, block.s + i, block.t + i);
+          const int64_t column = p.target[rows.index[r + i]] - v;
+          if (column >= 0 && column < cols) target_z[r + i] = row[column];
+        }
+        if (!opens) merge(out, block, count);
+      }
+    }
+  });
+
+  parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
+    const int64_t r = chunk * kRows, count = least(kRows, n - r);
+    const Partial total = partial(0, r);
+    for (int64_t super = 1; super < supers; ++super) merge(total, partial(super, r), count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows.index[r + i];
+      const float log_sum = logf(total.s[i]);
+      p.lse[row] = total.m[i] + log_sum;
+      p.logprob[row] = (target_z[r + i] - total.m[i]) - log_sum;
+      if (entropy) p.entropy[row] = log_sum - total.t[i] / total.s[i];
+    }
+  });
+}
+
+// What a row's backward needs.
+struct RowGradient {
+  float g_logprob, g_entropy, lse, entropy;
+  int64_t column;  // of the target in this tile, or anything outside it
+};
+
+// sum → dy in place, for one row of a tile.
+inline void row_gradient(float* row, int64_t cols, const Head& head, const float* bias, const RowGradient& g) {
+  const vf shift = splat(g.entropy);
+  for (int64_t j = 0; j < cols; j += W) {
+    vf slope;
+    const vf z = to_z(load(row + j), head, load(bias + j), &slope);
+    const vf log_p = z - g.lse, prob = exp(log_p);
+    vf dz = -g.g_logprob * prob;
+    if (g.g_entropy != 0) dz -= g.g_entropy * (prob > 0.0f ? prob * (log_p + shift) : prob);
+    const int64_t at = g.column - j;
+    if (at >= 0 && at < W) dz += lane_index() == (int32_t)at ? splat(g.g_logprob) : zero();
+    if (head.softcap > 0) dz *= slope;
+    if (head.temperature != 1) dz /= head.temperature;
+    store(row + j, dz);
+  }
+}
+
+template <class S> void backward(const LinearLogprobBackwardParams& p) {
+  using T = Compute<S>;
+  using G = Gemm<T>;
+  const S *hidden = (const S*)p.hidden, *weight = (const S*)p.weight;
+  S *dhidden = (S*)p.dhidden, *dweight = (S*)p.dweight, *dbias = (S*)p.dbias;
+  const ActiveRows rows(p.target, p.n, p.ignore_index);
+  const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D), np = G::padded_k(n);
+  if (dhidden && n < p.n) memset((void*)dhidden, 0, p.n * D * sizeof(S));
+  if (n == 0) {
+    if (dweight) memset((void*)dweight, 0, V * D * sizeof(S));
+    if (dbias) memset((void*)dbias, 0, V * sizeof(S));
+    return;
+  }
+  const Head head{p.temperature, p.softcap, !p.bias && p.softcap == 0 && p.temperature == 1};
+  const int64_t chunks = ceil_div(n, kRows), depths = ceil_div(D, kDepth);
+  const int64_t fit = kGradientBytes / (2 * (int64_t)sizeof(T) * n) / kStep * kStep;
+  const int64_t super = least(round_up(V, kStep), least(kMaxSuper, fit < kStep ? kStep : fit));
+
+  Scratch<T> left(G::size_a(n, Dp));
+  Scratch<T> right(dweight ? G::size_b(D, np) : 0);
+  Scratch<T> dy(dhidden ? G::size_a(n, super) : 0);       // left operand of dh: [n, super]
+  Scratch<T> dy_t(dweight ? G::size_a(super, np) : 0);    // left operand of dW: [super, n]
+  Scratch<float> dh(dhidden ? n * D : 0);                 // [n, D], summed over super-blocks
+  Scratch<float> db(dbias ? chunks * super : 0);          // [chunk, super]
+  const int64_t size_block = G::size_b(kBlock, Dp), size_depth = G::size_b(kDepth, super);
+  const int64_t size_packed = size_block > size_depth ? size_block : size_depth;
+  Scratch<T> packed(p.threads * size_packed);             // W: a block [kBlock, D], later a slice [kDepth, super]
+  Scratch<float> tiles(p.threads * kRows * kBlock);
+  pack_hidden<T, S>(p.threads, hidden, p.hidden_stride, rows, D, left, dweight ? right.get() : nullptr);
+
+  for (int64_t v0 = 0; v0 < V; v0 += super) {
+    const int64_t width = least(super, V - v0), width_p = G::padded_k(width), blocks = ceil_div(width, kBlock);
+
+    // ---- dy of this super-block, in both layouts
+    const int64_t groups = least(chunks, ceil_div(4 * p.threads, blocks)), group = ceil_div(chunks, groups);
+    parallel_for(p.threads, blocks * groups, [&](int64_t item, int thread) {
+      const int64_t at = item / groups * kBlock, v = v0 + at, cols = least(kBlock, V - v);
+      const int64_t first = item % groups * group, last = least(chunks, first + group);
+      T* w = packed + thread * size_packed;
+      float* tile = tiles + thread * kRows * kBlock;
+      alignas(64) float bias[kBlock];
+      G::pack_b(weight + v * p.weight_stride, p.weight_stride, cols, D, w);
+      load_bias((const S*)p.bias, v, cols, bias);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t r = chunk * kRows, count = least(kRows, n - r);
+        G::gemm(count, cols, D, left + r * Dp, w, tile, kBlock, false);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = rows.index[r + i];
+          const float g_entropy = p.dentropy ? p.dentropy[row] : 0;
+          row_gradient(tile + i * kBlock, cols, head, bias,
+                       {p.dlogprob[row], g_entropy, p.lse[row], p.dentropy ? p.entropy[row] : 0, p.target[row] - v});
+        }
+        for (int64_t i = 0; dhidden && i < count; i += G::MR)
+          G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);
+        for (int64_t j = 0; dweight && j < cols; j += G::MR)
+          G::pack_a_t(tile + j, kBlock, least(G::MR, cols - j), count, dy_t + (at + j) * np + r * G::MR);
+        if (dbias) {
+          float* sums = db + chunk * super + at;
+          for (int64_t j = 0; j < cols; j += W) {
+            vf sum = zero();
+            for (int64_t i = 0; i < count; ++i) sum += load(tile + i * kBlock + j);
+            store_n(sums + j, sum, (int)least(W, cols - j));
+          }
+        }
+      }
+    });
+
+    // ---- dh += dy·W
+    const int64_t row_groups = least(chunks, ceil_div(2 * p.threads, depths)), row_group = ceil_div(chunks, row_groups);
+    if (dhidden)
+      parallel_for(p.threads, depths * row_groups, [&](int64_t item, int thread) {
+        const int64_t d = item / row_groups * kDepth, cols = least(kDepth, D - d);
+        const int64_t first = item % row_groups * row_group, last = least(chunks, first + row_group);
+        T* w = packed + thread * size_packed;
+        G::pack_b_t(weight + v0 * p.weight_stride + d, p.weight_stride, cols, width, w);
+        for (int64_t r = first * kRows; r < least(n, last * kRows); r += kRows)
+          G::gemm(least(kRows, n - r), cols, width, dy + r * width_p, w, dh + r * D + d, D, v0 > 0);
+      });
+
+    // ---- dW = dyᵀ·h
+    if (dweight)
+      parallel_for(p.threads, depths * ceil_div(width, kRows), [&](int64_t item, int thread) {
+        const int64_t d = item % depths * kDepth, cols = least(kDepth, D - d);
+        const int64_t at = item / depths * kRows, count = least(kRows, width - at);
+        float* tile = tiles + thread * kRows * kBlock;
+        G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, kDepth, false);
+        write_block(tile, count, cols, kDepth, (const S*)nullptr, dweight + (v0 + at) * D + d, D);
+      });
+    for (int64_t j = 0; dbias && j < width; j += W) {
+      const int cols = (int)least(W, width - j);
+      vf sum = zero();
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load_n(db + chunk * super + j, cols);
+      store_n(dbias + v0 + j, sum, cols);
+    }
+  }
+  if (dhidden)
+    parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
+      for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i)
+        write_block(dh + i * D, 1, D, D, (const S*)nullptr, dhidden + rows.index[i] * D, D);
+    });
+}
+
+}  // namespace
+
+void linear_logprob_forward(const LinearLogprobForwardParams& p) {
+  if (p.dtype == DType::float32) forward<float>(p);
+  else if (p.dtype == DType::bfloat16) forward<bf16>(p);
+  else forward<f16>(p);
+}
+
+void linear_logprob_backward(const LinearLogprobBackwardParams& p) {
+  if (p.dtype == DType::float32) backward<float>(p);
+  else if (p.dtype == DType::bfloat16) backward<bf16>(p);
+  else backward<f16>(p);
+}
+
+}  // namespace tk::TK_ISA

@@ -1,0 +1,100 @@
+// Blocked matrix product from unpacked operands, on the packed micro-kernels: C[M, N] = A·Bᵀ (+ bias), any dtypes.
+//
+// Each operand is a matrix of rows r and summed positions k: `Rows{p, stride}` reads p[r * stride + k], `Columns{p, stride}`
+// reads p[k * stride + r]. Work is cut into row chunks of A x column blocks of B; the cut never reaches the bits, which
+// follow gemm.h's order along K alone. A is packed once per super-chunk of rows, B once per column block.
+#pragma once
+
+#include "parallel.h"
+#include "simd/gemm.h"
+
+namespace tk::TK_ISA {
+
+template <class S> struct Rows {
+  const S* p;
+  int64_t stride;
+  template <class G> void pack_a(int64_t r, int64_t rows, int64_t k, int64_t kn, typename G::Type* dst) const {
+    G::pack_a(p + r * stride + k, stride, rows, kn, dst);
+  }
+  template <class G> void pack_b(int64_t r, int64_t rows, int64_t k, int64_t kn, typename G::Type* dst) const {
+    G::pack_b(p + r * stride + k, stride, rows, kn, dst);
+  }
+};
+template <class S> struct Columns {
+  const S* p;
+  int64_t stride;
+  template <class G> void pack_a(int64_t r, int64_t rows, int64_t k, int64_t kn, typename G::Type* dst) const {
+    G::pack_a_t(p + k * stride + r, stride, rows, kn, dst);
+  }
+  template <class G> void pack_b(int64_t r, int64_t rows, int64_t k, int64_t kn, typename G::Type* dst) const {
+    G::pack_b_t(p + k * stride + r, stride, rows, kn, dst);
+  }
+};
+
+// Writes a block of sums to C with an optional bias, in C's dtype: one rounding.
+template <class S>
+inline void write_block(const float* sums, int64_t rows, int64_t cols, int64_t ld, const S* bias, S* c, int64_t c_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < cols; j += W) {
+      const int n = (int)least(W, cols - j);
+      vf x = load_n(sums + r * ld + j, n);
+      if (bias) x += load_n(bias + j, n);
+      store_n(c + r * c_stride + j, x, n);
+    }
+}
+
+template <class T, class OperandA, class OperandB, class S>
+void matmul(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b, const S* bias, S* c, int64_t c_stride) {
+  using G = Gemm<T>;
+  if (M == 0 || N == 0) return;
+  if (M * N * K < (1 << 16)) threads = 1;           // too little to wake anybody
+  constexpr int64_t kSlab = 512;                    // of K at a time: a multiple of every KB and KU
+  // Columns a work item packs: 128 x 512 values lie in L2. Fewer where the threads would go hungry.
+  const int64_t cols = least(128, round_up(N / (4 * threads) + 1, G::NR));
+  constexpr int64_t kRows = 384;                    // rows of a chunk: a multiple of every MR
+  constexpr int64_t kSuperBytes = 32 << 20;         // A packed at a time
+  const int64_t fit = kSuperBytes / (int64_t)(sizeof(T) * (K > 0 ? K : 1)) / kRows * kRows;
+  const int64_t super = least(round_up(M, G::MR), fit < kRows ? kRows : fit);
+  const int64_t packs = (super + G::MR * 4 - 1) / (G::MR * 4);  // packing items of four panels
+  const int64_t col_blocks = (N + cols - 1) / cols;
+
+  Scratch<T> packed_a(G::size_a(super, round_up(K, G::KU)));
+  const bool hold = M > kRows;                      // keep the column block packed for the next row chunk
+  const int64_t size_b = G::size_b(cols, hold ? round_up(K, G::KU) : kSlab);
+  Scratch<T> packed_b(threads * size_b);
+  Scratch<float> sums(threads * kRows * cols);
+
+  for (int64_t m0 = 0; m0 < M; m0 += super) {
+    const int64_t mn = least(super, M - m0);
+    // packed_a: [K / slab][rows / MR][slab][MR]: each slab is a packed operand of its own
+    parallel_for(threads, packs, [&](int64_t item, int) {
+      const int64_t r = item * G::MR * 4, rows = least(G::MR * 4, mn - r);
+      for (int64_t k = 0; rows > 0 && k < K; k += kSlab) {
+        const int64_t kn = least(kSlab, K - k);
+        a.template pack_a<G>(m0 + r, rows, k, kn, packed_a + G::size_a(super, k) + r * G::padded_k(kn));
+      }
+    });
+    // Column blocks alone feed the threads when there are enough of them: then B is packed once.
+    const int64_t row_chunks = (mn + kRows - 1) / kRows;
+    const int64_t wanted = col_blocks >= 4 * threads ? 1 : (4 * threads + col_blocks - 1) / col_blocks;
+    const int64_t groups = least(row_chunks, wanted), group = (row_chunks + groups - 1) / groups * kRows;
+    parallel_for(threads, col_blocks * groups, [&](int64_t item, int thread) {
+      const int64_t n0 = item / groups * cols, nn = least(cols, N - n0);
+      const int64_t begin = item % groups * group, end = least(mn, begin + group);
+      float* sum = sums + thread * kRows * cols;
+      for (int64_t r = begin; r < end; r += kRows) {
+        const int64_t rows = least(kRows, end - r);
+        if (K == 0) G::gemm(rows, nn, 0, packed_a, packed_b, sum, cols, false);
+        for (int64_t k = 0; k < K; k += kSlab) {
+          const int64_t kn = least(kSlab, K - k);
+          T* pb = packed_b + thread * size_b + (hold ? G::size_b(cols, k) : 0);
+          if (!hold || r == begin) b.template pack_b<G>(n0, nn, k, kn, pb);
+          G::gemm(rows, nn, kn, packed_a + G::size_a(super, k) + r * G::padded_k(kn), pb, sum, cols, k > 0);
+        }
+        write_block(sum, rows, nn, cols, bias ? bias + n0 : nullptr, c + (m0 + r) * c_stride + n0, c_stride);
+      }
+    });
+  }
+}
+
+}  // namespace tk::TK_ISA

@@ -1,0 +1,49 @@
+// linear_logprob: log-probability of a target token and entropy, from hidden states and the head's weight, without
+// a [N, V] buffer. N rows (tokens), D hidden, V vocabulary. Formulas: csrc/cpu/grpo.cpp.
+// hidden, weight, bias and their gradients have `dtype`; everything per row is float. Strides count elements.
+#pragma once
+#include "types.h"
+
+namespace tk {
+
+struct LinearLogprobForwardParams {
+  DType dtype;
+  int64_t n, d, v;          // N, D, V
+  const void* hidden;       // [N, D]
+  int64_t hidden_stride;    // elements from one row to the next
+  const void* weight;       // [V, D]
+  int64_t weight_stride;
+  const void* bias;         // [V] or null
+  const int64_t* target;    // [N], each in 0..V-1 or ignore_index
+  int64_t ignore_index;
+  float temperature;        // > 0
+  float softcap;            // > 0, or 0 for none
+  float* logprob;           // [N]; 0 where ignored
+  float* entropy;           // [N] or null (then its work is saved); 0 where ignored
+  float* lse;               // [N]: log-sum-exp of z, for the backward; 0 where ignored
+  int32_t threads;
+};
+
+struct LinearLogprobBackwardParams {
+  DType dtype;
+  int64_t n, d, v;
+  const void* hidden;       // [N, D]
+  int64_t hidden_stride;
+  const void* weight;       // [V, D]
+  int64_t weight_stride;
+  const void* bias;         // [V] or null
+  const int64_t* target;    // [N]
+  int64_t ignore_index;
+  float temperature;
+  float softcap;
+  const float* dlogprob;    // [N] gradient of logprob
+  const float* dentropy;    // [N] gradient of entropy, or null
+  const float* lse;         // [N] from the forward
+  const float* entropy;     // [N] from the forward; read only with dentropy
+  void* dhidden;            // [N, D] contiguous, or null
+  void* dweight;            // [V, D] contiguous, or null
+  void* dbias;              // [V] or null
+  int32_t threads;
+};
+
+}  // namespace tk
