@@ -24,6 +24,7 @@ from thinkernel.models import (
     save,
 )
 from thinkernel.models.hf import from_hf_name, to_hf_name
+from thinkernel.ops.dispatch import unavailable, use_backend
 
 transformers = pytest.importorskip("transformers")
 
@@ -288,6 +289,36 @@ def test_rows_of_different_lengths_share_a_cache(model: Transformer) -> None:
             torch.testing.assert_close(logits[row, :n], expected, rtol=1e-4, atol=1e-4)
             seen[row] += n
     assert cache.lengths.tolist() == seen
+
+
+@torch.no_grad()
+@pytest.mark.skipif(unavailable("cpu", torch.device("cpu")) is not None, reason="needs the built extension")
+def test_tokens_have_the_same_bits_alone_in_a_batch_and_decoded() -> None:
+    """Every op of a dense grouped-query model is batch-invariant on the CPU, and decode shares prefill's blocks."""
+    torch.manual_seed(17)
+    model = Transformer(tiny("gqa", hidden=36, head_dim=12))
+    tokens = torch.randint(33, (5, 75))
+    with use_backend("cpu"):
+        whole = model(tokens).logits
+        for row in range(5):
+            assert torch.equal(model(tokens[row : row + 1]).logits[0], whole[row])
+        assert torch.equal(model(tokens[:, :31]).logits, whole[:, :31])
+        cache = model.new_cache(5, 80)
+        parts = [model(tokens[:, :40], cache=cache).logits]
+        parts += [model(tokens[:, i : i + 1], cache=cache).logits for i in range(40, 70)]
+        parts.append(model(tokens[:, 70:], cache=cache).logits)
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_a_sparse_model_may_begin_with_dense_layers() -> None:
+    torch.manual_seed(18)
+    model = Transformer(tiny("dsa", layers=3, dense_attention=1))
+    assert [hasattr(block.attention, "indexer") for block in model.blocks] == [False, True, True]
+    tokens = torch.randint(33, (2, 24))
+    cache = model.new_cache(2, 24)
+    parts = [model(tokens[:, :11], cache=cache).logits, model(tokens[:, 11:], cache=cache).logits]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from thinkernel import nn
+from thinkernel.nn.activation import silu
 from thinkernel.nn.cache import append_rows
 from thinkernel.nn.linear import linear_per_head
 from thinkernel.nn.rope import inverse_frequencies, rotate
@@ -199,6 +200,21 @@ def test_linear_is_linear() -> None:
     torch.testing.assert_close(
         linear_per_head(heads, weight), torch.einsum("bshi,hoi->bsho", heads, weight), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_silu_is_torchs_with_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    extremes = torch.tensor([0.0, -0.0, -1e4, 1e4, -90.0, 90.0, torch.inf, torch.nan])
+    x = torch.cat((4 * torch.randn(92), extremes)).to(dtype).view(5, 20)
+    torch.testing.assert_close(silu(x), F.silu(x), equal_nan=True)
+    assert silu(torch.tensor(-torch.inf)).isnan() == F.silu(torch.tensor(-torch.inf)).isnan()
+    x = torch.randn(201, 37).to(dtype)
+    whole = silu(x)
+    assert all(torch.equal(silu(x[row]), whole[row]) for row in range(201))
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    silu(a).square().sum().backward()
+    F.silu(b).square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("score, bias, shared", [("softmax", False, 0), ("sigmoid", True, 2)])

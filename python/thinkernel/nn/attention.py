@@ -79,7 +79,7 @@ class GroupedQueryAttention(nn.Module):
             k = rotate(k, rope, interleaved=self.rope_interleaved)
         options = dict(scale=self.scale, window=self.window, sinks=self.sinks, softcap=self.softcap)
         if cache is not None:
-            append_kv(*cache, k, v, seqlens=step.seqlens)
+            append_kv(*cache, k.detach(), v.detach(), seqlens=step.seqlens)
         if cache is None or step.fresh:
             out = attention(q, k, v, causal=True, key_start=key_start, **options)
         else:

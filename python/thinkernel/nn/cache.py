@@ -25,8 +25,8 @@ class CacheStep(NamedTuple):
 
 
 def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
-    """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place."""
-    size = new.shape[1]
+    """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place and without gradient."""
+    size, new = new.shape[1], new.detach()
     if step.fresh:
         cache[:, :size] = new
         return

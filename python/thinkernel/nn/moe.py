@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkernel.nn.activation import silu
 from thinkernel.nn.linear import Linear
 from thinkernel.ops.linear import linear
 from thinkernel.ops.moe import load_balancing_loss, moe, route, update_expert_bias
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoELosses(NamedTuple):
