@@ -15,7 +15,7 @@ from thinkernel.ops.dispatch import C
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous, strides
 
 # Options beyond causal, scale and key_start that the C++ kernels implement.
-CPU_FEATURES: frozenset[str] = frozenset()
+CPU_FEATURES: frozenset[str] = frozenset({"window", "chunk", "softcap", "sinks"})
 
 
 def mask_keywords(window_left: int, window_right: int, chunk: int, softcap: float) -> dict[str, Any]:

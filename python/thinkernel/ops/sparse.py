@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thinkernel.ops import checks
+from thinkernel.ops import sparse_backends as backends
 from thinkernel.ops.library import reference_op
 from thinkernel.reference import sparse as reference
 
@@ -86,6 +87,8 @@ indexer_loss_op = reference_op(
     ),
     differentiable=("q", "k", "w"),
 )
+
+topk_op.kernel("cuda", backends.cuda_topk_covers)(backends.cuda_topk)
 
 
 @topk_op.check

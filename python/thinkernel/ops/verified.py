@@ -1,7 +1,7 @@
 """Which CUDA kernels have passed their tests on real hardware: the records in thinkernel/verified.json.
 
-A record is {kernel, gpu, capability, date, commit, sources, passed}: `kernel` is the op's name, `sources` a digest of the
-CUDA sources the run was built from. `make gpu` writes such records; tests hold them to the sources as they are now.
+A record is {kernel, gpu, capability, date, commit, sources, passed}: `kernel` is the op's name, `sources` a digest of
+the CUDA sources the run was built from. `make gpu` writes such records; tests hold them to the sources as they are now.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def attend(
     Hkv = k.shape[2]
     G, dtype = H // Hkv, compute_dtype(q.dtype)
     scale = D**-0.5 if scale is None else scale
-    query = rearrange(q.to(dtype) * scale, "b s (k g) d -> b k (g s) d", k=Hkv)
-    scores = query @ rearrange(k.to(dtype), "b t k d -> b k d t")  # [B, Hkv, G*S, T]
+    query = rearrange(q.to(dtype), "b s (k g) d -> b k (g s) d", k=Hkv)
+    scores = query @ rearrange(k.to(dtype), "b t k d -> b k d t") * scale  # [B, Hkv, G*S, T]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(2, (G, S))  # [B, Hkv, G, S, T]

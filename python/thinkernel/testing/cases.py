@@ -64,14 +64,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float
     return out.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 
 
-def _eager(
+def _masked(
     q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, key_start: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, softcap: float = 0.0, window: int = 0, chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention as an eager model writes it, for what torch's own op lacks: matmuls in the dtype, softmax in float32."""
+    """Causal attention with more: torch's op with a mask; for softcap and sinks, which it lacks, as an eager model."""
     if cu_seqlens_q is not None:
         cuts = cu_seqlens_q.tolist()
-        parts = [_eager(*(x[None, a:b] for x in (q, k, v))) for a, b in zip(cuts, cuts[1:])]
+        parts = [_masked(*(x[None, a:b] for x in (q, k, v))) for a, b in zip(cuts, cuts[1:]) if b > a]
         return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts])
     S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
@@ -83,9 +83,13 @@ def _eager(
     if key_start is not None:
         visible = visible & (j >= key_start[:, None, None, None])
     scores = scores.masked_fill(~visible, float("-inf"))
-    logits = scores if sinks is None else torch.cat([scores, sinks.float()[:, None, None].expand(len(q), -1, S, 1)], -1)
-    probs = torch.where(visible.any(-1, keepdim=True), logits, 0.0).softmax(-1)[..., :T].masked_fill(~visible, 0.0)
-    return (probs.to(v.dtype) @ v).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
+    if softcap or sinks is not None:
+        sink = scores.new_full((q.shape[1],), float("-inf")) if sinks is None else sinks.float()
+        probs = torch.cat([scores, sink[:, None, None].expand(len(q), -1, S, 1)], -1).softmax(-1)[..., :T]
+        out = probs.to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return out.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 
 
 def attention_case(name: str, *sizes: int, causal: bool = True, lse: bool = True, small: bool = True, **options: Any) -> Case:
@@ -135,7 +139,7 @@ ATTENTION = [
     attention_case("attention/one-token", 3, 1, 1, 4, 2, 16),
     attention_case("attention/long", 1, 300, 700, 4, 1, 64, small=False),
     Case("attention", "attention/key-start", _padded,
-         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v"), _eager),
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v"), _masked),
     Case("attention", "attention/decode", lambda draw: _decode_inputs(draw, paged=False), _decode),
     Case("attention", "attention/decode-paged", lambda draw: _decode_inputs(draw, paged=True, queries=3), _decode),
     Case("attention", "attention/merge", _merge, lambda **x: tk.merge_attention(**x), ("out_a", "lse_a", "out_b", "lse_b")),
@@ -144,17 +148,17 @@ ATTENTION = [
 # Features that kernels take over one by one; until then they run on the reference alone.
 ATTENTION_FEATURES = [
     Case("attention", "attention/window", lambda draw: qkv(draw, 2, 30, 30, 4, 2, 32),
-         lambda **x: tk.attention(**x, causal=True, window=(6, 0), return_lse=True), ("q", "k", "v"), lambda **x: _eager(**x, window=7)),
+         lambda **x: tk.attention(**x, causal=True, window=(6, 0), return_lse=True), ("q", "k", "v"), lambda **x: _masked(**x, window=7)),
     Case("attention", "attention/chunk", lambda draw: qkv(draw, 2, 30, 30, 4, 2, 32),
-         lambda **x: tk.attention(**x, causal=True, chunk=8, return_lse=True), ("q", "k", "v"), lambda **x: _eager(**x, chunk=8)),
+         lambda **x: tk.attention(**x, causal=True, chunk=8, return_lse=True), ("q", "k", "v"), lambda **x: _masked(**x, chunk=8)),
     Case("attention", "attention/softcap", lambda draw: qkv(draw, 2, 21, 21, 4, 2, 32),
-         lambda **x: tk.attention(**x, causal=True, softcap=2.0, return_lse=True), ("q", "k", "v"), lambda **x: _eager(**x, softcap=2.0)),
+         lambda **x: tk.attention(**x, causal=True, softcap=2.0, return_lse=True), ("q", "k", "v"), lambda **x: _masked(**x, softcap=2.0)),
     Case("attention", "attention/sinks", lambda draw: qkv(draw, 2, 21, 21, 4, 2, 32, sinks=draw.normal(4)),
-         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v", "sinks"), _eager),
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v", "sinks"), _masked),
     Case("attention", "attention/packed",
          lambda draw: dict(q=draw.normal(20, 4, 32), k=draw.normal(20, 2, 32), v=draw.normal(20, 2, 32),
                            cu_seqlens_q=torch.tensor([0, 5, 5, 20], dtype=torch.int32)),
-         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v"), _eager),
+         lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v"), _masked),
 ]
 
 # ---- mla -------------------------------------------------------------------------------------------------------

@@ -32,15 +32,15 @@ class Result:
     skipped: str = ""
 
 
-def _outputs(case: Case, inputs: Inputs, seed: int, run: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs of one call, and gradients for random cotangents that depend on the seed alone."""
+def _outputs(case: Case, inputs: Inputs, seed: int, run: Any) -> list[Tensor]:
+    """Outputs of one call, then the gradients for random cotangents that depend on the seed alone."""
     inputs = dict(inputs)
     for name in case.gradients:
         inputs[name] = inputs[name].detach().clone().requires_grad_()
     found = run(**inputs)
     outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
     if not case.gradients:
-        return outputs, {}
+        return outputs
     draw = Draw(seed + 1)
     pairs = []
     for x in outputs:
@@ -49,9 +49,7 @@ def _outputs(case: Case, inputs: Inputs, seed: int, run: Any) -> tuple[list[Tens
             pairs.append((x, cotangent.to(x.dtype).to(x.device)))
     wanted = [inputs[name] for name in case.gradients]
     grads = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-    return outputs, {
-        name: torch.zeros_like(x) if g is None else g for name, x, g in zip(case.gradients, wanted, grads, strict=True)
-    }
+    return outputs + [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)]
 
 
 def _to(inputs: Inputs, dtype: torch.dtype | None, device: str) -> Inputs:
@@ -61,31 +59,42 @@ def _to(inputs: Inputs, dtype: torch.dtype | None, device: str) -> Inputs:
     }
 
 
-def evaluate(case: Case, backend: str, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
-    """Every output and gradient of `case` against the rule; one Result with `skipped` where the backend lacks it."""
-    inputs = case.inputs(Draw(seed, dtype))
-    try:
-        with dispatch.use_backend(backend), poisoned_results():
-            outputs, grads = _outputs(case, _to(inputs, None, device), seed, case.run)
-    except NotImplementedError as error:
-        yield Result(case, backend, dtype, None, str(error))
-        return
-    with dispatch.use_backend("reference"), warnings.catch_warnings():
-        wide = _to(inputs, torch.float64, "cpu")
-        ref_outputs, ref_grads = _outputs(case, wide, seed, case.run)
-        base_outputs, base_grads = _outputs(case, _to(inputs, None, "cpu"), seed, case.baseline or case.run)
-        scores = case.selection(**wide) if case.selection else None
+def evaluate(
+    case: Case, backend: str, dtype: torch.dtype, *, seed: int = 0, draws: int = 3, device: str = "cpu"
+) -> Iterator[Result]:
+    """Every output and gradient of `case` against the rule; one Result with `skipped` where the backend lacks it.
 
-    for i, (out, ref, base) in enumerate(zip(outputs, ref_outputs, base_outputs, strict=True)):
-        name = case.name if len(outputs) == 1 else f"{case.name}[{i}]"
+    The rule is applied once to `draws` draws stacked: the largest error of one small tensor is itself a noisy number.
+    """
+    stacked: list[list[list[Tensor]]] = []  # [draw][out | ref | base][output or gradient]
+    scores: list[Tensor] = []
+    for draw in range(draws):
+        here = seed + 1000 * draw
+        inputs = case.inputs(Draw(here, dtype))
+        try:
+            with dispatch.use_backend(backend), poisoned_results():
+                found = _outputs(case, _to(inputs, None, device), here, case.run)
+        except NotImplementedError as error:
+            yield Result(case, backend, dtype, None, str(error))
+            return
+        wide = _to(inputs, torch.float64, "cpu")
+        with dispatch.use_backend("reference"):
+            truth = _outputs(case, wide, here, case.run)
+            base = _outputs(case, _to(inputs, None, "cpu"), here, case.baseline or case.run)
+            if case.selection:
+                scores.append(case.selection(**wide))
+        stacked.append([[x.detach().cpu() for x in found], [x.detach() for x in truth], [x.detach() for x in base]])
+
+    outs, refs, bases = ([torch.stack(xs) for xs in zip(*(draw[i] for draw in stacked), strict=True)] for i in range(3))
+    count = len(outs) - len(case.gradients)
+    names = [case.name if count == 1 else f"{case.name}[{i}]" for i in range(count)]
+    names += [f"{case.name} d{name}" for name in case.gradients]
+    for name, out, ref, base in zip(names, outs, refs, bases, strict=True):
         if out.is_floating_point():
-            found = compare(out, ref.double(), base, name=name)
+            comparison = compare(out, ref.double(), base, name=name)
         else:
-            found = _compare_indices(out.cpu(), ref, scores, name)
-        yield Result(case, backend, dtype, found)
-    for name in case.gradients:
-        found = compare(grads[name], ref_grads[name].double(), base_grads[name], name=f"{case.name} d{name}")
-        yield Result(case, backend, dtype, found)
+            comparison = _compare_indices(out, ref, torch.stack(scores) if scores else None, name)
+        yield Result(case, backend, dtype, comparison)
 
 
 def _compare_indices(out: Tensor, ref: Tensor, scores: Tensor | None, name: str) -> Comparison:
