@@ -44,8 +44,9 @@ def test_parses_registers_shared_memory_and_stack() -> None:
     assert not one.spills and not two.spills
 
 
-@pytest.mark.parametrize("found", ["8 bytes spill stores, 0 bytes spill loads", "0 bytes spill stores, 4 bytes spill loads"])
-def test_sees_a_spill(found: str) -> None:
+@pytest.mark.parametrize(("stores", "loads"), [(8, 0), (0, 4), (8, 4)])
+def test_sees_a_spill(stores: int, loads: int) -> None:
+    found = f"{stores} bytes spill stores, {loads} bytes spill loads"
     text = CLEAN.replace("0 bytes spill stores, 0 bytes spill loads", found, 1)
     assert [kernel.spills for kernel in cuda_check.parse_ptxas(text)] == [True, False]
 

@@ -1,7 +1,7 @@
-"""The CUDA top-k kernel on the host shim: the same source, one thread per CUDA thread, against a sort and the reference.
+"""The CUDA top-k kernel on the host shim: the same source, one thread per CUDA thread, against a sort and reference.
 
-The kernel is built plain, with AddressSanitizer + UBSan, and with ThreadSanitizer. With any one of its barriers taken out
-ThreadSanitizer must report a race, in the same build: so its silence about the whole kernel means something.
+The kernel is built plain, with AddressSanitizer + UBSan, and with ThreadSanitizer. With any one of its barriers taken
+out ThreadSanitizer must report a race, in the same build: so its silence about the whole kernel means something.
 
 Shapes: N rows · L scores a row · k kept.
 """
@@ -14,11 +14,13 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
+from thinkernel.ops import sparse_backends
 from thinkernel.reference.sparse import topk as reference_topk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +163,9 @@ def topk_on_host(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "length", "k", "chunk"), [(3, 257, 31, 0), (2, 1000, 1, 0), (2, 61, 64, 0), (2, 700, 40, 96)])
+@pytest.mark.parametrize(
+    ("rows", "length", "k", "chunk"), [(3, 257, 31, 0), (2, 1000, 1, 0), (2, 61, 64, 0), (2, 700, 40, 96)]
+)
 def test_equals_the_reference(
     dtype: torch.dtype, rows: int, length: int, k: int, chunk: int, library: ctypes.CDLL
 ) -> None:
@@ -185,3 +189,56 @@ def test_keeps_nan_only_after_everything_else(library: ctypes.CDLL) -> None:
     scores = torch.tensor([[torch.nan, -torch.inf, 1.0, -torch.nan, torch.inf]])
     assert topk_on_host(library, scores, 3, None)[1].tolist() == [[1, 2, 4]]
     assert topk_on_host(library, scores, 4, None)[1].tolist() == [[0, 1, 2, 4]]
+
+
+# ---- the op's host code, over the host library in place of the extension
+
+
+class HostExtension:
+    """Stands in for thinkernel._C: the same functions and params, run on the host, with every row cut into pieces."""
+
+    FIELDS = frozenset(re.findall(r"^  [^;]*?(\w+);", (ROOT / "csrc/include/topk.h").read_text(), re.M))
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        self.calls = 0
+
+    def TopkParams(self, **fields: int) -> SimpleNamespace:
+        assert set(fields) <= self.FIELDS
+        return SimpleNamespace(**fields)
+
+    def topk_cuda_workspace_bytes(self, params: SimpleNamespace) -> int:
+        return 1000
+
+    def topk_cuda(self, params: SimpleNamespace, stream: int) -> None:
+        assert params.workspace_bytes == 1000 and params.workspace != 0 and stream == 77
+        self.calls += 1
+        pointers = [ctypes.c_void_p(p or None) for p in (params.scores, params.lengths, params.values, params.indices)]
+        sizes = [ctypes.c_int64(n) for n in (params.rows, params.length, params.row_stride, params.k, 0)]
+        self.library.topk_on_host(*pointers, ctypes.c_int32(params.dtype), *sizes)
+
+
+def test_the_op_s_host_code_hands_over_the_right_tensors(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = HostExtension(library)
+    assert {"scores", "lengths", "row_stride", "workspace_bytes", "dtype", "chunk"} <= extension.FIELDS
+    monkeypatch.setattr(sparse_backends, "C", extension)
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(sparse_backends.torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(sparse_backends.torch.cuda, "current_stream", lambda: stream)
+    generator = torch.Generator().manual_seed(8)
+    whole = torch.randn(2, 3, 141, generator=generator)
+    lengths = torch.randint(0, 142, (2, 3), generator=generator)
+    cases = [
+        (whole, 17, None), (whole, 17, lengths), (whole, 17, lengths.int()), (whole[..., 3:90], 200, None),
+        (whole.transpose(0, 2), 2, None), (whole[:, 1], 5, lengths[:, 1]), (whole[0, 0], 9, None),
+        (whole.bfloat16(), 9, None), (whole[..., :0], 4, None),
+    ]  # fmt: skip
+    for scores, k, counts in cases:
+        assert sparse_backends.cuda_topk_covers(scores, k, counts) is None
+        values, indices = sparse_backends.cuda_topk(scores, k, counts)
+        expected_values, expected_indices = reference_topk(scores, k, lengths=counts)
+        assert torch.equal(values, expected_values) and torch.equal(indices, expected_indices)
+    assert extension.calls == len(cases)
+    assert [x.shape for x in sparse_backends.cuda_topk(whole[:0], 4, None)] == [(0, 3, 4), (0, 3, 4)]
+    assert extension.calls == len(cases)  # an empty problem launches nothing
+    assert "float64" in (sparse_backends.cuda_topk_covers(whole.double(), 4, None) or "")

@@ -2,8 +2,9 @@
 
     python tools/cuda_check.py [--arch 80 90a] [--json FILE]
 
-Reads what `nvcc -Xptxas -v` says of each kernel: registers, static shared memory, stack and spills. It needs nvcc, no GPU.
-Exit code 0: all compile without spills; 1: a spill, a compile error, or a source in which no kernel was seen; 2: no nvcc.
+Reads what `nvcc -Xptxas -v` says of each kernel: registers, static shared memory, stack, spills. It needs nvcc, no GPU.
+Exit code 0: all compile without spills; 1: a spill, a compile error, or a source in which no kernel was seen;
+2: no nvcc.
 """
 
 from __future__ import annotations

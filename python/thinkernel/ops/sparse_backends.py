@@ -1,0 +1,46 @@
+"""How sparse attention's ops call the CUDA kernels: what each covers, result buffers, launch.
+
+Shapes: N rows (all leading dimensions of scores), T scores a row. Every function takes its op's arguments in the op's
+order (ops/sparse.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops.dispatch import C
+from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
+
+
+def cuda_topk_covers(scores: Tensor, k: int, lengths: Tensor | None) -> str | None:
+    if scores.dtype not in DTYPE_CODES:
+        return f"scores is {scores.dtype}; the CUDA kernel takes float32, bfloat16 and float16"
+    if max(scores.shape[-1], k) >= 2**31:
+        return f"T = {scores.shape[-1]} and k = {k} must stay below 2^31"
+    return None
+
+
+def cuda_topk(scores: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """values [..., k], indices int32 [..., k]: csrc/cuda/topk_kernel.cuh."""
+    assert C is not None
+    lead = tuple(scores.shape[:-1])
+    values, indices = empty((*lead, k), scores), empty((*lead, k), scores, torch.int32)
+    if indices.numel() == 0:
+        return values, indices
+    rows = rows_contiguous(scores).reshape(math.prod(lead), scores.shape[-1])  # [N, T]
+    counts = None if lengths is None else lengths.reshape(-1).contiguous()  # [N]
+    if counts is not None and counts.dtype != torch.int32:
+        counts = counts.clamp(0, scores.shape[-1]).int()
+    fields = dict(
+        scores=pointer(rows), lengths=pointer(counts), values=pointer(values), indices=pointer(indices),
+        dtype=DTYPE_CODES[scores.dtype], rows=rows.shape[0], length=rows.shape[1], row_stride=rows.stride(0), k=k,
+    )  # fmt: skip
+    with torch.cuda.device(scores.device):
+        workspace_bytes = C.topk_cuda_workspace_bytes(C.TopkParams(**fields))
+        workspace = rows.new_empty(workspace_bytes, dtype=torch.uint8)
+        params = C.TopkParams(**fields, workspace=pointer(workspace), workspace_bytes=workspace_bytes)
+        C.topk_cuda(params, torch.cuda.current_stream().cuda_stream)
+    return values, indices
