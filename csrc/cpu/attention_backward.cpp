@@ -57,7 +57,7 @@ template <class St> struct Backward {
   struct Pair {
     T* q;          // [G, q_blocks] of q_size
     T* k;          // [k_blocks] of k_size
-    float* l2;     // [G, rows] L * log2(e)
+    float* logit;  // [G, rows] L, as Grad<T> wants it
     float* delta;  // [G, rows]
     QueryRanges seen;  // [rows], and per kGroup of them
   };
@@ -69,8 +69,8 @@ template <class St> struct Backward {
     Pair x;
     x.q = (T*)base;
     x.k = x.q + G * q_blocks * q_size;
-    x.l2 = (float*)(x.k + k_blocks * k_size);
-    x.delta = x.l2 + G * rows;
+    x.logit = (float*)(x.k + k_blocks * k_size);
+    x.delta = x.logit + G * rows;
     x.seen.place((int32_t*)(x.delta + G * rows), rows, kGroup);
     return x;
   }
@@ -80,17 +80,17 @@ template <class St> struct Backward {
   void prepare_queries(int64_t pair, int64_t g, int64_t block, const Pair& x) const {
     const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads * G + g;
     const int64_t i0 = first_query(b) + block * kQueries, count = most(0, least(kQueries, S - i0)), n = T_ - start(b);
-    float* l2 = x.l2 + g * rows + block * kQueries;
+    float* logit = x.logit + g * rows + block * kQueries;
     float* delta = x.delta + g * rows + block * kQueries;
     for (int64_t r = 0; r < kQueries; ++r) {
-      l2[r] = delta[r] = 0.0f;
+      logit[r] = delta[r] = 0.0f;
       if (r >= count) continue;
       const int64_t i = i0 + r, row = (b * S + i) * p.heads + h;
       const float lse = p.lse[row], dlse = p.dlse ? p.dlse[row] : 0.0f;
       if (lse == -INFINITY) continue;
       const float dot = dot_row(at<St>(p.dout, p.dout_stride, b, i, h), at<St>(p.out, p.out_stride, b, i, h), Dv);
       const float ungate = p.sinks ? 1.0f + expf(p.sinks[h] - lse) : 1.0f;  // e^(L - lse)
-      l2[r] = (lse + (p.sinks ? logf(ungate) : 0.0f)) * kLog2e;
+      logit[r] = Grad<T>::logit(lse + (p.sinks ? logf(ungate) : 0.0f));
       delta[r] = dot - (dlse == 0.0f ? 0.0f : dlse * ungate);
     }
     if (g == 0) x.seen.fill(p, block * kQueries, kQueries, count, i0 + T_ - S - start(b), n, kGroup);
@@ -145,7 +145,7 @@ template <class St> struct Backward {
     o.k_down = x.k + kb * k_size;
     o.v_down = o.k_down + k_down;
     o.key = o.v_down + v_down;
-    o.l2 = x.l2 + g * rows + qb * kQueries;
+    o.logit = x.logit + g * rows + qb * kQueries;
     o.delta = x.delta + g * rows + qb * kQueries;
     o.seen = x.seen.from(qb * kQueries, kGroup);
     scratch.run(transform, o, dk, dv, dq, dq_started);

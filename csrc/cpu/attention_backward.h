@@ -1,6 +1,6 @@
 // One block of queries against one block of keys in attention's backward: five products and the elementwise middle.
 //
-//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = 2^(c S^T - L2), dS^T = P^T (dP^T - D'), then
+//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = e^(scale S^T - L), dS^T = P^T (dP^T - D'), then
 //   dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K, by panels of kPanel keys and groups of kGroup queries.
 // Panels and groups that see nothing of each other are skipped; what they would add is zero.
 #pragma once
@@ -52,16 +52,19 @@ template <class T> struct BlockOperands {
   const T *o_across, *o_down;  // [Dv, queries], [queries, Dv] right operands: dO
   const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
   const T* key;                // K for dQ
-  const float *l2, *delta;     // [queries]
+  const float *logit, *delta;  // [queries] L (times log2(e) for bf16), D'
   QueryRanges seen;
 };
 
-// p and dS of W scores.
-struct Grad {
+// p and dS of W scores. Float takes e^(scale s - L), whose argument is rounded once and is small where p is not; the
+// two roundings of 2^(c s - log2(e) L) cost 2 ulp more at |L| = 4, which bf16 does not notice.
+template <class T> struct Grad {
+  static constexpr bool natural = sizeof(T) == 4;
   const Transform& f;
   vf c;
-  explicit Grad(const Transform& transform) : f(transform), c(splat(transform.c)) {}
-  void operator()(vf s, vf dp, vf l2, vf delta, vf* p, vf* ds) const {
+  explicit Grad(const Transform& transform) : f(transform), c(splat(natural ? transform.factor : transform.c)) {}
+  static float logit(float lse) { return natural ? lse : lse * kLog2e; }
+  void operator()(vf s, vf dp, vf l, vf delta, vf* p, vf* ds) const {
     vf slope = splat(1.0f);
     if (!f.plain) {
       s = f.apply(s);
@@ -70,7 +73,8 @@ struct Grad {
         slope = fma(-ratio, ratio, slope);
       }
     }
-    *p = exp2_fast(fma(s, c, -l2));
+    const vf t = fma(s, c, -l);
+    *p = natural ? exp(t) : exp2_fast(t);
     *ds = *p * (dp - delta);
     if (!f.plain) *ds = *ds * slope;
   }
@@ -111,7 +115,7 @@ template <> struct GradBlock<float> {
   explicit GradBlock(float* base) : s(base), ds(base + kPanel * kLdq) {}
 
   void run(const Transform& f, const BlockOperands<float>& o, float* dk, float* dv, float* dq, bool* dq_started) {
-    const Grad grad(f);
+    const Grad<float> grad(f);
     const int64_t q_panel = Mm::NR * o.queries;
     for (int64_t k0 = 0; k0 < o.keys; k0 += kPanel) {
       const int64_t rows = least(kPanel, o.keys - k0);
@@ -144,17 +148,17 @@ template <> struct GradBlock<float> {
   }
 
  private:
-  void elements(const Grad& grad, const BlockOperands<float>& o, int64_t g, int64_t k0, int64_t rows, float* dp) {
+  void elements(const Grad<float>& grad, const BlockOperands<float>& o, int64_t g, int64_t k0, int64_t rows, float* dp) {
     const int64_t j0 = o.first_key + k0;
     const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
     for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
-      const vf l2 = load(o.l2 + q), delta = load(o.delta + q);
+      const vf logit = load(o.logit + q), delta = load(o.delta + q);
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
-        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), l2, delta, &p, &d);
+        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, delta, &p, &d);
         if (!whole) {
           const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
           p = select(in, p, zero()), d = select(in, d, zero());
@@ -208,7 +212,7 @@ template <> struct GradBlock<bf16> {
   }
 
   void run(const Transform& f, const BlockOperands<bf16>& o, float* dk, float* dv, float* dq, bool* dq_started) {
-    const Grad grad(f);
+    const Grad<bf16> grad(f);
     const int64_t kp = Mm::padded_k(o.D), vp = Mm::padded_k(o.Dv);
     const int64_t q_panel = Mm::NR * Mm::padded_k(o.queries);
     for (int64_t k0 = 0; k0 < o.keys; k0 += kPanel) {
@@ -240,14 +244,14 @@ template <> struct GradBlock<bf16> {
  private:
   static __m512i pack2(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-  void elements(const Grad& grad, const BlockOperands<bf16>& o, int64_t g, int64_t k0) {
+  void elements(const Grad<bf16>& grad, const BlockOperands<bf16>& o, int64_t g, int64_t k0) {
     const int64_t j0 = o.first_key + k0, q = g * kGroup;
     if (o.seen.core_lo[g] <= j0 && j0 + kPanel <= o.seen.core_hi[g]) elements<true>(grad, o, g, q, k0, j0);
     else elements<false>(grad, o, g, q, k0, j0);
   }
   template <bool whole>
-  void elements(const Grad& grad, const BlockOperands<bf16>& o, int64_t g, int64_t q, int64_t k0, int64_t j0) {
-    const vf l2[2] = {load(o.l2 + q), load(o.l2 + q + W)}, delta[2] = {load(o.delta + q), load(o.delta + q + W)};
+  void elements(const Grad<bf16>& grad, const BlockOperands<bf16>& o, int64_t g, int64_t q, int64_t k0, int64_t j0) {
+    const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)}, delta[2] = {load(o.delta + q), load(o.delta + q + W)};
     vi lo[2], hi[2];
     memcpy(lo, o.seen.lo + q, sizeof lo);
     memcpy(hi, o.seen.hi + q, sizeof hi);
@@ -258,7 +262,7 @@ template <> struct GradBlock<bf16> {
         vf p[2], d[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
-          grad(load(s + at), load(dp + at), l2[u], delta[u], p + u, d + u);
+          grad(load(s + at), load(dp + at), logit[u], delta[u], p + u, d + u);
           if (!whole) {
             const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
             p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());

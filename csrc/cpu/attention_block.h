@@ -63,11 +63,11 @@ inline vf exp2_fast(vf t) {
 // How scores become exponents of two: t = c * s, after s = softcap * tanh(scale * s / softcap) where there is a cap.
 // A scale that is not positive is applied first too, so that the largest s is the largest t.
 struct Transform {
-  float c, inner = 0.0f, cap = 0.0f;
+  float c, factor, inner = 0.0f, cap = 0.0f;  // factor: c without log2(e)
   bool plain;
-  explicit Transform(const AttentionShape& s) : c(s.scale * kLog2e), plain(s.softcap == 0.0f && s.scale > 0.0f) {
+  explicit Transform(const AttentionShape& s) : c(s.scale * kLog2e), factor(s.scale), plain(s.softcap == 0.0f && s.scale > 0.0f) {
     if (plain) return;
-    c = kLog2e;
+    c = kLog2e, factor = 1.0f;
     inner = s.softcap == 0.0f ? s.scale : s.scale / s.softcap;
     cap = s.softcap;
   }
