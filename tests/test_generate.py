@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from thinkernel.models import Transformer, generate, preset
 from thinkernel.models.generate import filter_probabilities, sample, uniform_noise
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from thinkernel import nn
 from thinkernel.nn.activation import silu
 from thinkernel.nn.cache import append_rows
@@ -51,7 +50,8 @@ def test_rotation_is_the_complex_product(interleaved: bool) -> None:
     cos, sin = rope_for(12, 2, 9, start=5, theta=100.0)
     angle = torch.arange(5, 14)[:, None] * 100.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)  # [S, 6]
     pairs = x.unflatten(-1, (6, 2)) if interleaved else x.unflatten(-1, (2, 6)).mT
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, None])
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [S, 1, 6]
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     expected = turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
     torch.testing.assert_close(rotate(x, (cos, sin), interleaved=interleaved), expected, rtol=1e-5, atol=1e-5)
 
@@ -174,6 +174,10 @@ def test_attention_errors_are_named() -> None:
         build("dsa", indexer_dim=4)
     with pytest.raises(ValueError, match="^key_start: "):
         build("dsa")(torch.randn(1, 3, HIDDEN), rope_for(8, 1, 3), key_start=torch.zeros(1, dtype=torch.int32))
+    module = build("gqa")
+    cache = module.new_cache(1, 8, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="^step: got None"):
+        module(torch.randn(1, 3, HIDDEN), cache=cache)
     with pytest.raises(NotImplementedError, match="NativeSparseAttention"):
         nn.NativeSparseAttention(HIDDEN)
 
@@ -302,7 +306,12 @@ def test_expert_gradients_flow() -> None:
 
 @pytest.mark.parametrize(
     "arguments, options, name",
-    [((8, 9), {}, "top_k"), ((8, 0), {}, "top_k"), ((8, 2), dict(n_group=3), "n_group"), ((8, 2), dict(score="relu"), "score")],
+    [
+        ((8, 9), {}, "top_k"),
+        ((8, 0), {}, "top_k"),
+        ((8, 2), dict(n_group=3), "n_group"),
+        ((8, 2), dict(score="relu"), "score"),
+    ],
 )
 def test_expert_errors_are_named(arguments: tuple, options: dict, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):

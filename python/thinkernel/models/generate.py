@@ -4,7 +4,7 @@ Shapes: B prompts, G samples of each, R = B·G sequences, P prompt slots, N max_
 
 Token t of sequence r is drawn by inverting the cumulative distribution at a uniform number u[r, t], a hash of
 (seed[r], t): no generator state is shared, so a sequence's tokens depend on its own prompt and seed alone, whatever
-runs beside it and however often the batch is compacted. (As far as the model's own rows are independent; see tk.linear.)
+runs beside it and however often the batch is compacted (as far as the model's own rows are independent: tk.linear).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def uniform_noise(seeds: Tensor, steps: int) -> Tensor:
     golden = -0x61C8864680B583EB  # 2^64 / φ as int64
     streams = _mix(seeds.long() + golden)[:, None]  # [R, 1]; hashed first, so that neighbouring seeds share nothing
     counters = torch.arange(1, steps + 1, device=seeds.device) * golden  # [steps]
-    return ((_mix(streams + counters) >> 32) & 0xFFFFFFFF).double() * 2.0**-32
+    return ((_mix(streams + counters) >> 32) & 0xFFFFFFFF).double() / 2.0**32
 
 
 def filter_probabilities(probs: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -56,7 +56,7 @@ def filter_probabilities(probs: Tensor, top_k: int | None, top_p: float | None) 
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # [R, V]
     if narrow_k:
         ordered[:, top_k:] = 0
-    if narrow_p:
+    if top_p is not None and narrow_p:
         before = ordered.cumsum(-1) - ordered  # mass of what is more probable
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
     return torch.zeros_like(probs).scatter(-1, order, ordered)

@@ -157,7 +157,8 @@ def _yarn(rope: Mapping, max_positions: int) -> Yarn | None:
 
 def _merge_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Experts stored one by one become gate_up_proj [E, 2I, hidden] and down_proj [E, hidden, I]."""
-    merged, experts = {}, {}
+    merged: dict[str, Tensor] = {}
+    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
     for name, tensor in weights.items():
         match = EXPERT.fullmatch(name)
         if match:
@@ -167,7 +168,8 @@ def _merge_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             merged[name] = tensor
     for prefix, parts in experts.items():
         numbers = range(1 + max(number for number, _ in parts))
-        missing = [f"{prefix}.{n}.{p}.weight" for n in numbers for p in ("gate_proj", "up_proj", "down_proj") if (n, p) not in parts]
+        wanted = [(number, part) for number in numbers for part in ("gate_proj", "up_proj", "down_proj")]
+        missing = [f"{prefix}.{number}.{part}.weight" for number, part in wanted if (number, part) not in parts]
         if missing:
             raise ValueError(f"weights: missing {', '.join(missing[:5])}")
         merged[f"{prefix}.gate_up_proj"] = torch.stack(
@@ -188,8 +190,8 @@ def load_hf_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Transf
         if layer and int(layer.group(1)) >= model.config.layers:
             continue
         state[from_hf_name(name)] = tensor
-    if model.config.tie_embeddings:
-        state.setdefault("head.weight", state.get("embedding.weight"))
+    if model.config.tie_embeddings and "embedding.weight" in state:
+        state.setdefault("head.weight", state["embedding.weight"])
     _load(model, state)
     return model
 
@@ -247,9 +249,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> Transformer:
     with safe_open(str(path), framework="pt") as opened:
         header = opened.metadata() or {}
         if header.get("format") != FORMAT:
-            raise ValueError(f"path: got {path}, which is not a file of thinkernel's `save` (from_hf reads Hugging Face's)")
+            raise ValueError(f"path: got {path}, which `save` did not write (from_hf reads Hugging Face's files)")
         state = {name: opened.get_tensor(name) for name in opened.keys()}
-    model = Transformer(ModelConfig.from_dict(json.loads(header["config"]))).to(dtype or state["embedding.weight"].dtype)
+    model = Transformer(ModelConfig.from_dict(json.loads(header["config"])))
+    model = model.to(dtype or state["embedding.weight"].dtype)
     if model.config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     _load(model, state)

@@ -10,7 +10,7 @@ and a row's result does not depend on its neighbours. Generation appends every r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class LayerLosses(NamedTuple):
     counts: Tensor | None = None  # [E] int32
 
 
-def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | MultiHeadLatentAttention:
     if config.attention == "gqa":
         return GroupedQueryAttention(
             config.hidden,
@@ -113,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.attention = build_attention(config, layer)
+        self.attention: GroupedQueryAttention | MultiHeadLatentAttention = build_attention(config, layer)
         self.feed_forward_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.feed_forward = build_feed_forward(config, layer)
 
@@ -169,13 +169,13 @@ class Transformer(nn.Module):
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "w_down"))
             nn.init.normal_(parameter, std=residual_std if writes else config.init_std)
         if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.register_parameter("weight", cast(nn.Parameter, self.embedding.weight))
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         weight = self.embedding.weight
         layers = [
-            block.attention.new_cache(batch, capacity, dtype=weight.dtype, device=weight.device)
+            cast(Block, block).attention.new_cache(batch, capacity, dtype=weight.dtype, device=weight.device)
             for block in self.blocks
         ]
         return Cache(layers, torch.zeros(batch, dtype=torch.int32, device=weight.device))
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
                 return_losses=return_losses,
             )
             losses.append(layer_losses)
-        if cache is not None:
+        if cache is not None and step is not None:
             cache.commit(step, lengths)
         return self.norm(h), losses
 
@@ -248,8 +248,8 @@ class Transformer(nn.Module):
         lengths [B]: real tokens of rows padded on the right; padding is left out of the experts and of the losses.
         key_start [B]: first real token of rows padded on the left (not with sparse attention, not with a cache).
         positions [B, S]: default 0 … S−1 from the row's first real token, after what the cache holds.
-        cache: the tokens are appended and see all that is in it; lengths then says how many of them are real. No gradient
-        flows through what a cache held before.
+        cache: the tokens are appended and see all that is in it; lengths then says how many of them are real. No
+        gradient flows through what a cache held before.
         sparse=False: the indexer's warm-up stage, dense attention and its loss over all keys.
         return_losses: fill in indexer_loss, balance_loss and expert_counts."""
         h, losses = self.hidden_states(
@@ -305,8 +305,8 @@ def _collect(losses: list[LayerLosses], lengths: Tensor | None, size: int) -> di
             real = torch.arange(size, device=per_token.device) < lengths[:, None]  # [B, S]
             total = torch.where(real, per_token, 0.0).sum()
             fields["indexer_loss"] = total / real.sum().clamp(min=1)
-    balance = [layer for layer in losses if layer.balance is not None]
+    balance = [layer.balance for layer in losses if layer.balance is not None]
     if balance:
-        fields["balance_loss"] = torch.stack([layer.balance for layer in balance]).mean()
-        fields["expert_counts"] = torch.stack([layer.counts for layer in balance])
+        fields["balance_loss"] = torch.stack(balance).mean()
+        fields["expert_counts"] = torch.stack([layer.counts for layer in losses if layer.counts is not None])
     return fields

@@ -4,8 +4,8 @@ Shapes: x [...], any.
 
     silu(x) = x · sigmoid(x) = x / (1 + e^(−x));  d silu = sigmoid(x)·(1 + x·(1 − sigmoid(x)))
 
-torch's CPU silu and sigmoid compute the tail of an array, past the last full vector, with another exponential: of 56 rows
-of 20 values, 31 changed in the last bit when computed alone. torch.exp has no such tail.
+torch's CPU silu and sigmoid compute the tail of an array, past the last full vector, with another exponential: of 56
+rows of 20 values, 31 changed in the last bit when computed alone. torch.exp has no such tail.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ Shapes: B batch, S tokens, T cached tokens, H query heads, Hkv key heads, D head
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
-from thinkernel.nn.cache import CacheStep
+from thinkernel.nn.cache import CacheStep, check_step
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.rope import rotate
 from thinkernel.ops.attention import append_kv, attention, attention_decode
@@ -68,21 +70,22 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]. rope: cos and sin [B, S, D/2]; key_start [B]: left padding; with a cache
         the S tokens are appended to it and see all that is in it."""
+        check_step(cache, step)
         batch, size, _ = x.shape
         q = self.q_proj(x).view(batch, size, self.heads, self.head_dim)  # [B, S, H, D]
         k = self.k_proj(x).view(batch, size, self.kv_heads, self.head_dim)  # [B, S, Hkv, D]
         v = self.v_proj(x).view(batch, size, self.kv_heads, self.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q = rotate(q, rope, interleaved=self.rope_interleaved)
             k = rotate(k, rope, interleaved=self.rope_interleaved)
-        options = dict(scale=self.scale, window=self.window, sinks=self.sinks, softcap=self.softcap)
-        if cache is not None:
+        options: dict[str, Any] = dict(scale=self.scale, window=self.window, sinks=self.sinks, softcap=self.softcap)
+        if cache is not None and step is not None:
             append_kv(*cache, k.detach(), v.detach(), seqlens=step.seqlens)
-        if cache is None or step.fresh:
+        if cache is None or step is None or step.fresh:
             out = attention(q, k, v, causal=True, key_start=key_start, **options)
         else:
             k_cache, v_cache = (t[:, : step.extent] for t in cache)  # [B, T, Hkv, D]
             out = attention_decode(q, k_cache, v_cache, seqlens=step.seqlens, causal=True, **options)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(cast(Tensor, out).flatten(-2))

@@ -24,6 +24,13 @@ class CacheStep(NamedTuple):
     fresh: bool
 
 
+def check_step(cache: tuple[Tensor, ...] | None, step: CacheStep | None) -> None:
+    """A cache and a place in it come together."""
+    if (cache is None) != (step is None):
+        name, other = ("step", "cache") if step is None else ("cache", "step")
+        raise ValueError(f"{name}: got None, takes a value where {other} is given")
+
+
 def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
     """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place and without gradient."""
     size, new = new.shape[1], new.detach()

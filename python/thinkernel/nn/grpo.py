@@ -5,6 +5,8 @@ Shapes: B batch, S tokens, V vocabulary. hidden [B, S, hidden] (or [N, hidden]),
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,9 @@ class LinearLogProb(nn.Module):
         temperature: float = 1.0,
         entropy: bool = True,
         ignore_index: int = -100,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """With target: (logprob, entropy), float32, shaped as target. Without: logits [..., V], not divided by a
-        temperature."""
+    ) -> Any:
+        """With target: (logprob, entropy or None), float32, shaped as target. Without: logits [..., V], not divided by
+        a temperature."""
         if target is not None:
             return linear_logprob(
                 hidden,
@@ -52,12 +54,12 @@ class LinearLogProb(nn.Module):
 class GRPOLoss(nn.Module):
     """`tk.policy_loss` with its options held: GRPOLoss(loss_type="dapo", epsilon=0.2, epsilon_high=0.28)."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 
     def forward(
-        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor, **tensors
+        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor, **tensors: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """logprob, old_logprob, mask [B, S], advantages [B] or [B, S] -> loss, metrics. tensors: what else changes
         from call to call (ref_logprob, rollout_logprob, entropy, num_items_in_batch …)."""

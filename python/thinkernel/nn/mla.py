@@ -11,10 +11,12 @@ Prefill and training expand the latents into heads; decode moves W_UK to the que
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from thinkernel.nn.cache import CacheStep, append_rows
+from thinkernel.nn.cache import CacheStep, append_rows, check_step
 from thinkernel.nn.linear import Linear, linear_per_head
 from thinkernel.nn.rope import rotate
 from thinkernel.ops.attention import attention
@@ -77,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _up_weights(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, C] and W_UV [H, Dv, C], the two halves of every head of kv_b_proj."""
         weight = self.kv_b_proj.weight.view(self.heads, self.nope_dim + self.value_dim, self.kv_latent)
-        return weight.split((self.nope_dim, self.value_dim), dim=1)
+        return weight[:, : self.nope_dim], weight[:, self.nope_dim :]
 
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, key_start: Tensor | None
@@ -87,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)  # [B, S, H, N], [B, S, H, Dv]
         q = torch.cat((q_nope, q_rope), dim=-1)  # [B, S, H, N + R]
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], self.rope_dim)), dim=-1)
-        return attention(q, k, v, causal=True, scale=self.scale, key_start=key_start)
+        return cast(Tensor, attention(q, k, v, causal=True, scale=self.scale, key_start=key_start))
 
     def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         """Queries that score latents directly, [B, S, H, C + R]."""
@@ -105,16 +107,17 @@ class MultiHeadLatentAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         *,
         key_start: Tensor | None = None,
-        cache: tuple[Tensor] | None = None,
+        cache: tuple[Tensor, ...] | None = None,
         step: CacheStep | None = None,
     ) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]. rope: cos and sin [B, S, R/2]; key_start [B]: left padding; with a cache
         the S tokens are appended to it and see all that is in it."""
+        check_step(cache, step)
         q_nope, q_rope, _ = self._queries(x, rope)
         latent, k_rope = self._latents(x, rope)
-        if cache is not None:
+        if cache is not None and step is not None:
             append_rows(cache[0], torch.cat((latent, k_rope), dim=-1), step)
-        if cache is None or step.fresh:
+        if cache is None or step is None or step.fresh:
             out = self._expanded(q_nope, q_rope, latent, k_rope, key_start)
         else:
             attended = mla_decode(
@@ -124,5 +127,5 @@ class MultiHeadLatentAttention(nn.Module):
                 value_dim=self.kv_latent,
                 scale=self.scale,
             )  # [B, S, H, C]
-            out = self._emit(attended)
+            out = self._emit(cast(Tensor, attended))
         return self.o_proj(out.flatten(-2))

@@ -15,7 +15,6 @@ from thinkernel.nn.linear import Linear
 from thinkernel.ops.linear import linear
 from thinkernel.ops.moe import load_balancing_loss, moe, route, update_expert_bias
 
-
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sigmoid_topk")
 
 
@@ -74,6 +73,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Parameter(torch.empty(experts, hidden))
         self.w_gate_up = nn.Parameter(torch.empty(experts, 2 * expert_dim, hidden))
         self.w_down = nn.Parameter(torch.empty(experts, hidden, expert_dim))
+        self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(experts) if expert_bias else None)
         self.shared = FeedForward(hidden, shared_experts * expert_dim) if shared_experts else None
         self.reset_parameters()
@@ -123,8 +123,9 @@ class MixtureOfExperts(nn.Module):
         # A selection bias moves in steps of 1e-3, which bfloat16 would swallow: only its device follows the module.
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias.element_size() < bias.element_size():
-            self.expert_bias = bias.to(self.expert_bias.device)
+        moved = self.expert_bias
+        if bias is not None and moved is not None and moved.element_size() < bias.element_size():
+            self.expert_bias = bias.to(moved.device)
         return self
 
     def update_bias(self, counts: Tensor, *, rate: float = 1e-3) -> None:

@@ -10,10 +10,12 @@ attention's probabilities, over inputs detached from the main model, which learn
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
-from thinkernel.nn.cache import CacheStep, append_rows
+from thinkernel.nn.cache import CacheStep, append_rows, check_step
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
 from thinkernel.nn.rope import rotate
@@ -63,7 +65,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         indexer_dim: int = 128,
         indexer_rope_interleaved: bool = False,
         q_latent: int = 1536,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(hidden, heads, q_latent=q_latent, **options)
         if q_latent is None:
@@ -80,13 +82,13 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         index_keys = torch.zeros(batch, capacity, self.indexer.dim, dtype=dtype, device=device)
         return (*super().new_cache(batch, capacity, dtype=dtype, device=device), index_keys)
 
-    def forward(
+    def forward(  # type: ignore[override]  # a second result, and only where it is asked for
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         *,
         key_start: Tensor | None = None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, ...] | None = None,
         step: CacheStep | None = None,
         sparse: bool = True,
         return_indexer_loss: bool = False,
@@ -99,33 +101,37 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         if cache is not None and (return_indexer_loss or not sparse):
             name = "return_indexer_loss" if return_indexer_loss else "sparse"
             raise ValueError(f"{name}: takes its default where a cache is given (generation)")
+        check_step(cache, step)
         q_nope, q_rope, q_latent = self._queries(x, rope)
         latent, k_rope = self._latents(x, rope)
-        index_q, index_k, index_w = self.indexer(x.detach(), q_latent.detach(), rope)
+        index_q, index_k, index_w = self.indexer(x.detach(), cast(Tensor, q_latent).detach(), rope)
         kv = torch.cat((latent, k_rope), dim=-1)  # [B, S, C + R]
 
-        indices = None
+        indices, absorbed = None, None
         if sparse:
             seqlens, keys, index_keys = None, kv, index_k
-            if cache is not None:
+            if cache is not None and step is not None:
                 append_rows(cache[0], kv, step)
                 append_rows(cache[1], index_k, step)
                 if not step.fresh:
-                    seqlens, keys, index_keys = step.seqlens, *(t[:, : step.extent] for t in cache)
+                    seqlens = step.seqlens
+                    keys, index_keys = (t[:, : step.extent] for t in cache)  # [B, T, C + R], [B, T, Di]
             with torch.no_grad():
                 indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
             absorbed = self._absorb(q_nope, q_rope)  # [B, S, H, C + R]
             attended = sparse_attention(
                 absorbed, keys, indices, value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens
             )  # [B, S, H, C]
-            out = self._emit(attended)
+            out = self._emit(cast(Tensor, attended))
         else:
             out = self._expanded(q_nope, q_rope, latent, k_rope, None)
-            absorbed = self._absorb(q_nope, q_rope) if return_indexer_loss else None
 
         out = self.o_proj(out.flatten(-2))
         if not return_indexer_loss:
             return out
+        if absorbed is None:
+            with torch.no_grad():
+                absorbed = self._absorb(q_nope, q_rope)
         loss = indexer_loss(
             index_q,
             index_k,
