@@ -200,6 +200,10 @@ def test_published_shapes(kind: str, name: str) -> None:
     theirs = config_from_hf(getattr(transformers, kind)())
     same = {field: getattr(theirs, field) for field in ("yarn", "max_positions", "rope_theta")}
     assert dataclasses.replace(ours, **same) == theirs
+    if name == "deepseek_v3":  # 671 billion: weights and the routers' biases, without the extra prediction layer
+        with torch.device("meta"):
+            model = Transformer(ours)
+        assert sum(t.numel() for t in (*model.parameters(), *model.buffers())) == 671_026_419_200
 
 
 # ---- without transformers' model
@@ -389,6 +393,22 @@ def test_bfloat16_follows_float32(model: Transformer) -> None:
     assert (torch.cat(step, 1).float() - expected[:, :13]).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_autocast_follows_float32(model: Transformer) -> None:
+    tokens = torch.randint(33, (2, 20))
+    wide = Transformer(dataclasses.replace(model.config, top_k=64, experts=0))
+    expected = wide(tokens[:, :-1], targets=tokens[:, 1:], return_losses=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = wide(tokens[:, :-1], targets=tokens[:, 1:], return_losses=True)
+    assert out.logprob.dtype == torch.float32
+    assert (out.logprob - expected.logprob).abs().max() < 0.05 * expected.logprob.abs().max()
+    out.logprob.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in wide.named_parameters() if "indexer" not in n)
+    with torch.autocast("cpu", torch.bfloat16):  # with experts: routing stays float32, the rest must run
+        out = model(tokens[:, :-1], targets=tokens[:, 1:], return_losses=True)
+    out.logprob.sum().backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "indexer" not in n)
+
+
 def test_casting_keeps_frequencies_and_selection_bias_in_float32() -> None:
     model = Transformer(tiny("dsa"))
     model.blocks[1].feed_forward.expert_bias.fill_(0.1234567)
@@ -396,6 +416,7 @@ def test_casting_keeps_frequencies_and_selection_bias_in_float32() -> None:
     assert model.rope.inv_freq.dtype == torch.float32
     bias = model.blocks[1].feed_forward.expert_bias
     assert bias.dtype == torch.float32 and bias[0] == torch.tensor(0.1234567)
+    assert model.double().float().blocks[1].feed_forward.expert_bias.dtype == torch.float32
 
 
 def test_safetensors_round_trip(model: Transformer, tmp_path) -> None:

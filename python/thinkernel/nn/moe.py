@@ -91,7 +91,8 @@ class MixtureOfExperts(nn.Module):
         kept = None if valid is None else valid.reshape(-1).nonzero().squeeze(-1)
         tokens = flat if kept is None else flat[kept]
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(tokens.to(wide), self.router.to(wide))  # [N, E]
+        with torch.autocast(x.device.type, enabled=False):  # experts are chosen from float32 logits, always
+            logits = linear(tokens.to(wide), self.router.to(wide))  # [N, E]
         routing = route(
             logits,
             self.top_k,
@@ -124,8 +125,8 @@ class MixtureOfExperts(nn.Module):
         bias = self.expert_bias
         super()._apply(fn, recurse)
         moved = self.expert_bias
-        if bias is not None and moved is not None and moved.element_size() < bias.element_size():
-            self.expert_bias = bias.to(moved.device)
+        if bias is not None and moved is not None and moved.dtype in (torch.float16, torch.bfloat16):
+            self.expert_bias = bias.to(device=moved.device, dtype=torch.float32)
         return self
 
     def update_bias(self, counts: Tensor, *, rate: float = 1e-3) -> None:
