@@ -2,9 +2,9 @@
 
 Rule: max|out − ref64| ≤ 2·max|baseline − ref64| + 2·max|ref64 rounded through the dtype − ref64|,
 over the whole tensor and over each row (the last dimension), so that one big row cannot hide small ones.
-In the row form the baseline's error is at least what the baseline makes in its worst row, relative to the row's
-magnitude: a row that torch happens to hit exactly proves nothing. Rows smaller than the median (non-zero) row count as that large
-there, since a sum that cancels to almost nothing keeps the absolute error of its terms.
+In the row form both errors are taken relative to the row's size (its largest element, or the median row's where that is
+more, since a sum that cancels keeps the absolute error of its terms), and the baseline's is that of its worst row: a row
+that torch happens to hit exactly proves nothing.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def compare(
 
     rows = [x.reshape(-1, x.shape[-1] if x.dim() else 1).amax(-1) for x in (error, base_error, rounding, magnitude)]
     row_error, row_base, row_rounding, row_magnitude = rows
-    smallest = row_magnitude[row_magnitude > 0].median() if row_magnitude.any() else zero
-    relative = torch.where(row_magnitude >= smallest, row_base / row_magnitude.clamp_min(1e-300), zero).amax()
-    row_allowed = 2 * torch.maximum(row_base, relative * row_magnitude.clamp_min(smallest)) + 2 * row_rounding
+    median = row_magnitude[row_magnitude > 0].median() if row_magnitude.any() else zero
+    size = row_magnitude.clamp_min(median)
+    row_allowed = 2 * (row_base / size.clamp_min(1e-300)).max() * size + 2 * row_rounding
     row_ratio = torch.where(row_error > 0, row_error / row_allowed, zero)
 
     worst, message = error.max().item(), ""
