@@ -239,6 +239,14 @@ def test_the_op_s_host_code_hands_over_the_right_tensors(library: ctypes.CDLL, m
         expected_values, expected_indices = reference_topk(scores, k, lengths=counts)
         assert torch.equal(values, expected_values) and torch.equal(indices, expected_indices)
     assert extension.calls == len(cases)
+    for scores, k, counts in cases:
+        leaf = scores.detach().clone().requires_grad_()
+        values = reference_topk(leaf, k, lengths=counts)[0]
+        dvalues = torch.randn(values.shape, generator=generator).to(values.dtype)
+        (expected,) = torch.autograd.grad(values, leaf, dvalues)
+        (dscores,) = sparse_backends.cuda_topk_backward([dvalues, None], scores, k, counts)
+        assert torch.equal(dscores, expected)
+    extension.calls = 0
     assert [x.shape for x in sparse_backends.cuda_topk(whole[:0], 4, None)] == [(0, 3, 4), (0, 3, 4)]
-    assert extension.calls == len(cases)  # an empty problem launches nothing
+    assert extension.calls == 0  # an empty problem launches nothing
     assert "float64" in (sparse_backends.cuda_topk_covers(whole.double(), 4, None) or "")

@@ -272,12 +272,15 @@ def test_verification_records_each_kernel_s_outcome(tmp_path: Path, monkeypatch:
     asked: list[str] = []
     monkeypatch.setattr(gpu_verify, "run_tests", lambda tests: asked.append(tests) or next(outcomes))
     assert gpu_verify.main(["--out", str(tmp_path)]) == 1
-    (entry,) = json.loads((tmp_path / "verified.json").read_text())
-    assert entry["passed"] is False and entry["commit"] == "abc" and entry["sources"] == record()["sources"]
+    entries = json.loads((tmp_path / "verified.json").read_text())
+    assert [entry["kernel"] for entry in entries] == sorted(gpu_verify.KERNELS)
+    for entry in entries:
+        assert entry["passed"] is False and entry["commit"] == "abc" and entry["sources"] == record()["sources"]
     assert gpu_verify.main(["--out", str(tmp_path)]) == 0
-    (entry,) = json.loads((tmp_path / "verified.json").read_text())
-    assert (entry["kernel"], entry["gpu"], entry["passed"]) == ("topk", "a GPU", True)
-    (tmp_path / "packaged.json").write_text(json.dumps([entry]))
+    entries = json.loads((tmp_path / "verified.json").read_text())
+    assert [entry["kernel"] for entry in entries] == sorted(gpu_verify.KERNELS)
+    assert all(entry["passed"] is True and entry["gpu"] == "a GPU" for entry in entries)
+    (tmp_path / "packaged.json").write_text(json.dumps(entries))
     assert gpu_verify.main(["--out", str(tmp_path)]) == 0  # verified before: not asked again
     assert asked == ["tests/gpu/test_topk_gpu.py"] * 2
 

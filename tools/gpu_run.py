@@ -86,7 +86,7 @@ def search_path() -> str:
 def pytest_command() -> list[str]:
     """pytest, in four processes where xdist is there: compiling Triton kernels keeps a CPU core busy, not the GPU."""
     processes = ["-n", "4"] if has_module("xdist") else []
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *processes]
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes]
 
 
 # 570 s together: one run fits into ten minutes, and a run that is cut off resumes.

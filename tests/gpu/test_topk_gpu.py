@@ -118,6 +118,21 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_goes_to_the_positions_the_values_came_from(dtype: torch.dtype) -> None:
+    scores = draw("ties", 6, 333, dtype=dtype, seed=4)
+    lengths = torch.tensor([333, 0, 20, 60, 61, 1], dtype=torch.int32)
+    dvalues = torch.randn(6, 60, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = []
+    for device, backend in (("cuda", "cuda"), ("cpu", "reference")):
+        leaf = scores.to(device).requires_grad_()
+        with tk.use_backend(backend), poisoned_results():
+            values, _ = tk.topk(leaf, 60, lengths=lengths.to(device))
+            grads.append(torch.autograd.grad(values, leaf, dvalues.to(device))[0].cpu())
+    assert torch.equal(*grads)
+
+
+@pytest.mark.gpu
 def test_runs_on_the_current_stream_and_inside_a_graph() -> None:
     scores = draw("normal", 1, 200_000, dtype=torch.float32, seed=2)
     expected = reference.topk(scores, 512)

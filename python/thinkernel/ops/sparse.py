@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinkernel.ops import checks
 from thinkernel.ops import sparse_backends as backends
-from thinkernel.ops.library import reference_op
+from thinkernel.ops.library import OPS, reference_op
 from thinkernel.reference import sparse as reference
 
 KV = Tensor | tuple[Tensor, Tensor]
@@ -89,6 +89,7 @@ indexer_loss_op = reference_op(
 )
 
 topk_op.kernel("cuda", backends.cuda_topk_covers)(backends.cuda_topk)
+OPS["topk_backward"].kernel("cuda", lambda grads, *args: backends.cuda_topk_covers(*args))(backends.cuda_topk_backward)
 
 
 @topk_op.check

@@ -7,6 +7,7 @@ order (ops/sparse.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,3 +45,15 @@ def cuda_topk(scores: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, T
         params = C.TopkParams(**fields, workspace=pointer(workspace), workspace_bytes=workspace_bytes)
         C.topk_cuda(params, torch.cuda.current_stream().cuda_stream)
     return values, indices
+
+
+def cuda_topk_backward(
+    grads: Sequence[Tensor | None], scores: Tensor, k: int, lengths: Tensor | None
+) -> list[Tensor]:
+    """[dscores [..., T]]: each value's gradient at the position it came from; positions are distinct, nothing is summed."""
+    T = scores.shape[-1]
+    dscores = scores.new_zeros(*scores.shape[:-1], T + 1)  # the last column takes what unused slots got, and is dropped
+    if grads[0] is not None:
+        indices = cuda_topk(scores, k, lengths)[1].long()
+        dscores.scatter_(-1, indices.masked_fill(indices < 0, T), grads[0])
+    return [dscores[..., :T].contiguous()]
