@@ -50,7 +50,7 @@ def cuda_topk(scores: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, T
 def cuda_topk_backward(
     grads: Sequence[Tensor | None], scores: Tensor, k: int, lengths: Tensor | None
 ) -> list[Tensor]:
-    """[dscores [..., T]]: each value's gradient at the position it came from; positions are distinct, nothing is summed."""
+    """[dscores [..., T]]: each value's gradient at the position it came from. Positions are distinct: no sums."""
     T = scores.shape[-1]
     dscores = scores.new_zeros(*scores.shape[:-1], T + 1)  # the last column takes what unused slots got, and is dropped
     if grads[0] is not None:
