@@ -23,6 +23,7 @@ from thinkernel.models import (
     save,
 )
 from thinkernel.models.hf import from_hf_name, to_hf_name
+from thinkernel.nn.rope import inverse_frequencies
 from thinkernel.ops.dispatch import unavailable, use_backend
 
 transformers = pytest.importorskip("transformers")
@@ -31,7 +32,7 @@ YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 1024,
     "beta_fast": 8,
     "beta_slow": 1,
     "mscale": 0.7,
@@ -184,6 +185,29 @@ def test_config_of_an_older_file() -> None:
     config = config_from_hf(json.loads(json.dumps(values)))
     assert config.rope_theta == 5000.0
     assert config.yarn.factor == 4.0 and config.yarn.mscale == 0.7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32},
+        {"truncate": False},
+        {"beta_fast": 2, "beta_slow": 1.9},
+        {"mscale": None},
+        {"mscale_all_dim": 0},
+        {"attention_factor": 0.8},
+        {"factor": 0.5},
+    ],
+)
+def test_yarn_frequencies_equal_transformers(changes: dict) -> None:
+    config = transformers.DeepseekV3Config(**{**DEEPSEEK, "qk_rope_head_dim": 64, "rope_parameters": YARN | changes})
+    expected, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
+    ours = config_from_hf(config)
+    torch.testing.assert_close(inverse_frequencies(64, ours.rope_theta, ours.yarn), expected, rtol=1e-6, atol=0)
+    assert ours.yarn.cos_sin_factor == pytest.approx(factor, rel=1e-12)
+    scale = transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention(config, 0).scaling
+    assert (24 + 64) ** -0.5 * ours.yarn.softmax_factor == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize(
