@@ -26,7 +26,7 @@ from .primitives import dot, is_wide, launch, load_tile, store_tile
 def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, delta_ptr, dsink_ptr, S, H, stride_ob, stride_os, stride_oh,
                  stride_gb, stride_gs, stride_gh, stride_lb, stride_ls, stride_lh, stride_eb, stride_es, stride_eh,
                  DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr, WIDE: tl.constexpr):
-    """M rows of one head -> level [B,H,S] = L·log2 e, delta [B,H,S] = Δ, dsink [B,H,S] = this row's share of dσ.
+    """M rows of one head -> level [B,H,S] = L, delta [B,H,S] = Δ, dsink [B,H,S] = this row's share of dσ.
 
     A row that saw nothing gets level +inf, hence P = 0.
     """
@@ -53,17 +53,24 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, del
     if DLSE:
         dlse = tl.load(dlse_ptr + b * stride_eb + row.to(tl.int64) * stride_es + h * stride_eh, mask=inside, other=0.0).to(tl.float32)
         product = tl.where(empty, 0.0, product - tl.exp(level - lse) * dlse)
-    tl.store(level_ptr + at, tl.where(empty, float("inf"), level * LOG2E), mask=inside)
+    tl.store(level_ptr + at, tl.where(empty, float("inf"), level), mask=inside)
     tl.store(delta_ptr + at, product, mask=inside)
 
 
 @triton.jit
-def _weights(s, level, scale, SOFTCAP: tl.constexpr):
-    """P = exp(s − L) from (capped) products and level = L·log2 e; −inf gives 0."""
-    factor = scale * LOG2E
+def _weights(s, level, scale, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """P = exp(s − L) from (capped) products and level = L; −inf gives 0.
+
+    EXACT (float32): L·log2 e is not rounded before the difference is taken, which alone cost dq 3e-7 of its size.
+    """
+    factor = scale
     if SOFTCAP:
-        factor = LOG2E
-    return tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)))
+        factor = 1.0
+    if EXACT:
+        difference = tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)) * LOG2E
+    else:
+        difference = tl.fma(s, tl.full(s.shape, factor * LOG2E, tl.float32), tl.broadcast_to(-level * LOG2E, s.shape))
+    return tl.exp2(difference)
 
 
 @triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
@@ -147,7 +154,7 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
             s, slope = capped(s, scale, softcap, SOFTCAP)
             if (block < whole_first) | (block >= whole_last):
                 s = tl.where(visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
-            p = _weights(s, level[None, :], scale, SOFTCAP)
+            p = _weights(s, level[None, :], scale, SOFTCAP, q.dtype == tl.float32)
             dv = dot(p.to(dout.dtype), dout, dv)
             ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
             dk = dot(ds, q, dk)
@@ -213,7 +220,7 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
         if (block < whole_first) | (block >= whole_last):
             j = n0 + tl.arange(0, N)
             s = tl.where(visible(p[:, None], j[None, :], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
-        ds = (_weights(s, level[:, None], scale, SOFTCAP) * (dp - delta[:, None]) * slope).to(k.dtype)
+        ds = (_weights(s, level[:, None], scale, SOFTCAP, q.dtype == tl.float32) * (dp - delta[:, None]) * slope).to(k.dtype)
         dq = dot(ds, k, dq)
         if REST_D > 0:
             dq_rest = dot(ds, k_rest, dq_rest)

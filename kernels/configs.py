@@ -40,9 +40,9 @@ KEY_SPLIT = 1024
 
 # The key block `n` is shared by forward and decode (same bits): only m, warps and stages differ.
 ATTENTION_FORWARD = {
-    ("sm_80", "half"): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
-    ("sm_90", "half"): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
-    ("sm_100", "half"): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
+    ("sm_80", "half"): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("sm_90", "half"): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 3)},
+    ("sm_100", "half"): {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("sm_80", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
     ("sm_90", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
     ("sm_100", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
@@ -51,8 +51,8 @@ ATTENTION_FORWARD = {
 # m rows hold (query, head of the group) pairs; 64 rows make Hopper use wgmma, as in the forward kernel.
 ATTENTION_DECODE = {
     ("sm_80", "half"): {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 3)},
-    ("sm_90", "half"): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 3)},
-    ("sm_100", "half"): {64: Tile(64, 64, 4, 4), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 3)},
+    ("sm_90", "half"): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 8, 3), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("sm_100", "half"): {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 2)},
     ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 2)},
@@ -60,7 +60,7 @@ ATTENTION_DECODE = {
 
 # dK and dV: n keys stay, m query rows pass by.
 ATTENTION_BACKWARD_KV = {
-    ("sm_80", "half"): {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 192: Tile(32, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+    ("sm_80", "half"): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 64, 8, 1)},
     ("sm_90", "half"): {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
     ("sm_100", "half"): {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
     ("sm_80", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -78,25 +78,26 @@ ATTENTION_BACKWARD_Q = {
     ("sm_100", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 
-# Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide.
-# A row's bits are those of one chain of fused multiply-adds over k and so do not depend on the choice.
+# Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide;
+# "running" continues a float32 result, whose tile is held beside the new one while loading. A row's bits are those of one
+# chain of fused multiply-adds over k and do not depend on the choice.
 PRODUCT = {
-    ("sm_80", "half"): {"many": Product(128, 128, 32, 8, 4, 8), "few": Product(16, 64, 64, 4, 4, 1)},
-    ("sm_90", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "few": Product(64, 32, 128, 4, 4, 1)},
-    ("sm_100", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "few": Product(64, 32, 128, 4, 4, 1)},
-    ("sm_80", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
-    ("sm_90", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
-    ("sm_100", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_80", "half"): {"many": Product(128, 128, 32, 8, 4, 8), "running": Product(128, 128, 32, 8, 3, 8), "few": Product(16, 64, 64, 4, 4, 1)},
+    ("sm_90", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1)},
+    ("sm_100", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1)},
+    ("sm_80", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_90", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_100", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
 }
 
-# linear_logprob: the same products with a log-sum-exp or a gradient as epilogue.
+# linear_logprob: the same products with a log-sum-exp ("forward") or the logits' gradient ("backward") as epilogue.
 LOGPROB = {
-    ("sm_80", "half"): Product(128, 128, 32, 8, 4, 16),
-    ("sm_90", "half"): Product(128, 256, 64, 8, 3, 16),
-    ("sm_100", "half"): Product(128, 256, 64, 8, 3, 16),
-    ("sm_80", "float"): Product(64, 64, 16, 8, 3, 16),
-    ("sm_90", "float"): Product(64, 64, 16, 8, 3, 16),
-    ("sm_100", "float"): Product(64, 64, 16, 8, 3, 16),
+    ("sm_80", "half"): {"forward": Product(128, 128, 32, 8, 4, 16), "backward": Product(128, 128, 32, 8, 4, 16)},
+    ("sm_90", "half"): {"forward": Product(128, 256, 64, 8, 3, 16), "backward": Product(128, 128, 64, 8, 4, 16)},
+    ("sm_100", "half"): {"forward": Product(128, 128, 64, 8, 4, 16), "backward": Product(128, 128, 64, 8, 4, 16)},
+    ("sm_80", "float"): {"forward": Product(64, 64, 16, 8, 3, 16), "backward": Product(64, 64, 16, 8, 3, 16)},
+    ("sm_90", "float"): {"forward": Product(64, 64, 16, 8, 3, 16), "backward": Product(64, 64, 16, 8, 3, 16)},
+    ("sm_100", "float"): {"forward": Product(64, 64, 16, 8, 3, 16), "backward": Product(64, 64, 16, 8, 3, 16)},
 }
 
 # Vocabulary columns per program of linear_logprob's forward, and bytes of the backward's d(logits) buffer.
@@ -143,15 +144,16 @@ def tile(table: dict, device: torch.device, dtype: torch.dtype, padded_d: int, p
     return table[architecture(device), kind(dtype)][width(padded_d, padded_dv)]
 
 
-def product(device: torch.device, dtype: torch.dtype, rows: int) -> Product:
-    """The tile of a plain matrix product with this many rows."""
+def product(device: torch.device, dtype: torch.dtype, rows: int, running: bool) -> Product:
+    """The tile of a plain matrix product with this many rows, or of one that continues a result."""
     if INTERPRET:
         return _INTERPRETER_PRODUCT
-    return PRODUCT[architecture(device), kind(dtype)]["few" if rows <= 64 else "many"]
+    return PRODUCT[architecture(device), kind(dtype)]["running" if running else "few" if rows <= 64 else "many"]
 
 
-def logprob(device: torch.device, dtype: torch.dtype) -> Product:
-    return _INTERPRETER_PRODUCT if INTERPRET else LOGPROB[architecture(device), kind(dtype)]
+def logprob(device: torch.device, dtype: torch.dtype, pass_: str) -> Product:
+    """The tile of linear_logprob's "forward" or "backward"."""
+    return _INTERPRETER_PRODUCT if INTERPRET else LOGPROB[architecture(device), kind(dtype)][pass_]
 
 
 def key_split() -> int:

@@ -26,25 +26,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, BIAS: tl.constexpr,
-            SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """z [BLOCK_M, BLOCK_N] for rows m0 … and vocabulary columns v0 …, and tanh(y/c) (z itself without a softcap)."""
-    acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + tl.cast(v0, tl.int64) * stride_wv,
-                      live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE)
+def _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, COLUMNS: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Products h·w [BLOCK_M, COLUMNS] of vocabulary columns v0 … -> z, and tanh(y/c) (with a softcap only)."""
     if BIAS:
-        column = v0 + tl.arange(0, BLOCK_N)
+        column = v0 + tl.arange(0, COLUMNS)
         acc += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
     capped = acc
     if SOFTCAP:
         capped = tanh(acc / softcap)
         acc = softcap * capped
-    return acc / temperature, capped
+    return acc * inverse_temperature, capped
 
 
 @triton.jit(do_not_specialize=["N", "V", "n_splits"])
 def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, total_ptr, moment_ptr, chosen_ptr, N, D, V, n_splits,
-                    stride_hm, stride_wv, temperature, softcap,
+                    stride_hm, stride_wv, inverse_temperature, softcap,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
                     EVEN_K: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
     """One program: BLOCK_M rows × SPLIT columns -> peak = max z, total = Σ exp(z − peak), moment = Σ exp(z − peak)·(z − peak), each
@@ -60,8 +56,9 @@ def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, tota
         moment = tl.zeros([BLOCK_M], tl.float32)
         chosen = tl.zeros([BLOCK_M], tl.float32)
         for v0 in range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_N):
-            z, _ = _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
-                           BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BIAS, SOFTCAP, WIDE)
+            acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + tl.cast(v0, tl.int64) * stride_wv,
+                              live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
+            z, _ = _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, BLOCK_N, BIAS, SOFTCAP)
             column = v0 + tl.arange(0, BLOCK_N)
             chosen += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
             z = tl.where((column < V)[None, :], z, float("-inf"))
@@ -115,9 +112,26 @@ def _merge_kernel(peak_ptr, total_ptr, moment_ptr, chosen_ptr, order_ptr, live_p
         tl.store(entropy_ptr + to, tl.where(live, log_total - moment / total, 0.0), mask=row < N)
 
 
+@triton.jit
+def _gradient(acc, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
+              COLUMNS: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+    """Products h·w [BLOCK_M, COLUMNS] of columns v0 … -> dy; target, lse, entropy, g = dlogprob, g_entropy = dentropy [BLOCK_M]."""
+    z, capped = _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, COLUMNS, BIAS, SOFTCAP)
+    log_p = z - lse[:, None]
+    p = tl.exp(log_p)
+    slope = g[:, None]
+    if ENTROPY:  # p·log p is 0 where p is 0
+        slope = slope + g_entropy[:, None] * (tl.maximum(log_p, -1e30) + entropy[:, None])
+    column = v0 + tl.arange(0, COLUMNS)
+    dz = tl.where(column[None, :] == target[:, None], g[:, None], 0.0) - p * slope
+    if SOFTCAP:
+        dz *= 1.0 - capped * capped
+    return dz * inverse_temperature
+
+
 @triton.jit(do_not_specialize=["N", "V", "first", "columns"])
 def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse_ptr, entropy_ptr, dlogprob_ptr, dentropy_ptr, dy_ptr,
-                    N, D, V, first, columns, stride_hm, stride_wv, stride_dy, temperature, softcap,
+                    N, D, V, first, columns, stride_hm, stride_wv, stride_dy, inverse_temperature, softcap,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
                     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WIDE: tl.constexpr):
     """dy [N, columns] for vocabulary columns first … first+columns−1, live rows only."""
@@ -127,23 +141,27 @@ def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse
     if m0 < live:
         row = m0 + tl.arange(0, BLOCK_M)
         v0 = first + n_block * BLOCK_N
-        z, capped = _logits(h_ptr, w_ptr, bias_ptr, m0, v0, live, V, D, stride_hm, stride_wv, temperature, softcap,
-                            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BIAS, SOFTCAP, WIDE)
+        acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + v0.to(tl.int64) * stride_wv,
+                          live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
         place = tl.load(order_ptr + row, mask=row < live, other=0)
-        target = tl.load(target_ptr + row, mask=row < live, other=-1)
-        log_p = z - tl.load(lse_ptr + place)[:, None]
-        p = tl.exp(log_p)
-        g = tl.load(dlogprob_ptr + place)[:, None]
-        column = v0 + tl.arange(0, BLOCK_N)
-        dz = tl.where(column[None, :] == target[:, None], g - g * p, -g * p)
+        target = tl.load(target_ptr + row, mask=row < live, other=-1).to(tl.int32)
+        lse = tl.load(lse_ptr + place)
+        g = tl.load(dlogprob_ptr + place)
+        entropy = lse
+        g_entropy = g
         if ENTROPY:
-            entropy = tl.load(entropy_ptr + place)[:, None]
-            dz -= tl.load(dentropy_ptr + place)[:, None] * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
-        if SOFTCAP:
-            dz *= 1.0 - capped * capped
-        inside = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = row.to(tl.int64)[:, None] * stride_dy + inside[None, :]
-        tl.store(dy_ptr + at, (dz / temperature).to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside < columns)[None, :])
+            entropy = tl.load(entropy_ptr + place)
+            g_entropy = tl.load(dentropy_ptr + place)
+        # The epilogue takes the tile in two halves: whole, it spills registers.
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        local = tl.arange(0, BLOCK_M)[:, None] * stride_dy + tl.arange(0, HALF)[None, :]
+        inside = n_block * BLOCK_N + tl.arange(0, HALF)
+        dy_at = dy_ptr + m0.to(tl.int64) * stride_dy + n_block * BLOCK_N
+        dy = _gradient(left, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap, HALF, BIAS, SOFTCAP, ENTROPY)
+        tl.store(dy_at + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside < columns)[None, :])
+        dy = _gradient(right, bias_ptr, v0 + HALF, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap, HALF, BIAS, SOFTCAP, ENTROPY)
+        tl.store(dy_at + HALF + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside + HALF < columns)[None, :])
 
 
 def covers(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, keep_logits: bool = False, group: object | None = None) -> str | None:
@@ -184,14 +202,14 @@ def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias:
     (N, D), V = hidden.shape, weight.shape[0]
     if N == 0:
         return
-    tile, split = configs.logprob(hidden.device, hidden.dtype), configs.vocabulary_split()
+    tile, split = configs.logprob(hidden.device, hidden.dtype, "forward"), configs.vocabulary_split()
     n_splits = triton.cdiv(V, split)
     h, chosen_target, order, live = _live_first(hidden, target, V, ignore_index)
     peak, total, moment = torch.empty((3, n_splits, N), dtype=torch.float32, device=hidden.device)
     chosen = torch.empty(N, dtype=torch.float32, device=hidden.device)
     launch(
         _forward_kernel, (triton.cdiv(N, tile.m) * n_splits,), h, weight, bias, chosen_target, live, peak, total, moment, chosen, N, D, V, n_splits,
-        h.stride(0), weight.stride(0), float(temperature), float(softcap or 0.0), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
+        h.stride(0), weight.stride(0), 1.0 / temperature, float(softcap or 0.0), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
         SPLIT=split, EVEN_K=D % tile.k == 0, BIAS=bias is not None, SOFTCAP=bool(softcap), WIDE=is_wide(weight.stride(0), tile.n),
         warps=tile.warps, stages=tile.stages, device=hidden.device)
     launch(
@@ -214,7 +232,7 @@ def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias
             if gradient is not None:
                 gradient.zero_()
         return
-    tile = configs.logprob(hidden.device, hidden.dtype)
+    tile = configs.logprob(hidden.device, hidden.dtype, "backward")
     h, chosen_target, order, live = _live_first(hidden, target, V, ignore_index)
     budget = configs.DLOGITS_BYTES if buffer_bytes is None else buffer_bytes
     step = max(budget // (N * hidden.element_size() * tile.n), 1) * tile.n
@@ -228,7 +246,7 @@ def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias
         columns = min(step, V - first)
         launch(
             _dlogits_kernel, (triton.cdiv(N, tile.m) * triton.cdiv(columns, tile.n),), h, weight, bias, chosen_target, order, live, lse, entropy,
-            dlogprob, dentropy, dy, N, D, V, first, columns, h.stride(0), weight.stride(0), step, float(temperature), float(softcap or 0.0),
+            dlogprob, dentropy, dy, N, D, V, first, columns, h.stride(0), weight.stride(0), step, 1.0 / temperature, float(softcap or 0.0),
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, EVEN_K=D % tile.k == 0, BIAS=bias is not None,
             SOFTCAP=bool(softcap), ENTROPY=dentropy is not None, WIDE=is_wide(weight.stride(0), tile.n),
             warps=tile.warps, stages=tile.stages, device=hidden.device)

@@ -30,41 +30,57 @@ def grouped(pid, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _load_operand(at, inside, depth, left_over, CLAMPED: tl.constexpr, EVEN_K: tl.constexpr):
+    if CLAMPED and EVEN_K:
+        operand = tl.load(at)
+    elif CLAMPED:
+        operand = tl.load(at, mask=(depth < left_over)[None, :], other=0.0)
+    elif EVEN_K:
+        operand = tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        operand = tl.load(at, mask=inside[:, None] & (depth < left_over)[None, :], other=0.0)
+    return operand
+
+
+@triton.jit
 def add_product(acc, x_ptr, w_ptr, rows_left, columns_left, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr):
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+                CLAMP_X: tl.constexpr, CLAMP_W: tl.constexpr, WIDE: tl.constexpr):
     """acc [BLOCK_M, BLOCK_N] + x·wᵀ, for the rows at x_ptr [.., K] and the columns at w_ptr [.., K].
 
-    Rows and columns past the end repeat the last one, so that only k needs a mask; their results are not to be stored.
+    Rows past the end repeat the last one where k is contiguous (CLAMP: no mask in the loop; their results are not to be
+    stored) and are masked where the rows are: there clamping would break the loads into single elements.
     """
-    row = tl.minimum(tl.arange(0, BLOCK_M), rows_left - 1)
-    column = tl.minimum(tl.arange(0, BLOCK_N), columns_left - 1)
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
+    row_inside = row < rows_left
+    column_inside = column < columns_left
+    if CLAMP_X:
+        row = tl.minimum(row, rows_left - 1)
+    if CLAMP_W:
+        column = tl.minimum(column, columns_left - 1)
+    depth_x = depth
     if WIDE:
         row = row.to(tl.int64)
         column = column.to(tl.int64)
-        x_at = x_ptr + row[:, None] * stride_xm + depth[None, :].to(tl.int64) * stride_xk
-        w_at = w_ptr + column[:, None] * stride_wn + depth[None, :].to(tl.int64) * stride_wk
-    else:
-        x_at = x_ptr + row[:, None] * stride_xm + depth[None, :] * stride_xk
-        w_at = w_ptr + column[:, None] * stride_wn + depth[None, :] * stride_wk
+        depth_x = depth.to(tl.int64)
+    x_at = x_ptr + row[:, None] * stride_xm + depth_x[None, :] * stride_xk
+    w_at = w_ptr + column[:, None] * stride_wn + depth_x[None, :] * stride_wk
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_at)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_at)  # [BLOCK_N, BLOCK_K]
-        else:
-            x = tl.load(x_at, mask=(depth < K - k0)[None, :], other=0.0)
-            w = tl.load(w_at, mask=(depth < K - k0)[None, :], other=0.0)
+        x = _load_operand(x_at, row_inside, depth, K - k0, CLAMP_X, EVEN_K)  # [BLOCK_M, BLOCK_K]
+        w = _load_operand(w_at, column_inside, depth, K - k0, CLAMP_W, EVEN_K)  # [BLOCK_N, BLOCK_K]
         acc = dot(x, tl.trans(w), acc)
         x_at += BLOCK_K * stride_xk
         w_at += BLOCK_K * stride_wk
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def _product_kernel(x_ptr, w_ptr, bias_ptr, acc_ptr, out_ptr, rows_ptr, live_ptr, M, N, K,
                     stride_xm, stride_xk, stride_wn, stride_wk, stride_am, stride_om, stride_on,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-                    BIAS: tl.constexpr, CONTINUE: tl.constexpr, SCATTER: tl.constexpr, LIVE: tl.constexpr, WIDE: tl.constexpr):
+                    BIAS: tl.constexpr, CONTINUE: tl.constexpr, SCATTER: tl.constexpr, LIVE: tl.constexpr, CLAMP_X: tl.constexpr, CLAMP_W: tl.constexpr, WIDE: tl.constexpr):
     """out[m, n] = acc[m, n] + Σ_k x[m, k]·w[n, k] + bias[n]; acc (CONTINUE) is the float32 result of the k before these.
 
     SCATTER: row m goes to row rows[m] of out. LIVE: 0 takes everything; 1 takes rows < live[0] and gives 0 for the
@@ -87,7 +103,7 @@ def _product_kernel(x_ptr, w_ptr, bias_ptr, acc_ptr, out_ptr, rows_ptr, live_ptr
     if CONTINUE:
         acc = tl.load(acc_ptr + row[:, None].to(tl.int64) * stride_am + column[None, :], mask=inside, other=0.0)
     acc = add_product(acc, x_ptr + m0.to(tl.int64) * stride_xm, w_ptr + n0.to(tl.int64) * stride_wn, M - m0, N - n0, depth,
-                      stride_xm, stride_xk, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDE)
+                      stride_xm, stride_xk, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, CLAMP_X, CLAMP_W, WIDE)
     if BIAS:
         acc += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if LIVE == 1:
@@ -120,7 +136,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = Non
     if K == 0 and continue_from is None and bias is None:
         out.zero_()
         return
-    tile = configs.product(x.device, x.dtype, M)
+    tile = configs.product(x.device, x.dtype, M, continue_from is not None)
     x_steps, w_steps = (max(abs(t.stride(0)) * n, abs(t.stride(1)) * tile.k) for t, n in ((x, tile.m), (weight, tile.n)))
     live = live_rows if live_rows is not None else live_depth
     launch(
@@ -128,7 +144,8 @@ def product(x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = Non
         x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if continue_from is None else continue_from.stride(0),
         out.stride(0), out.stride(1), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
         EVEN_K=K % tile.k == 0 and live_depth is None, BIAS=bias is not None, CONTINUE=continue_from is not None, SCATTER=rows is not None,
-        LIVE=1 if live_rows is not None else 2 if live_depth is not None else 0, WIDE=is_wide(x_steps, 2) or is_wide(w_steps, 2),
+        LIVE=1 if live_rows is not None else 2 if live_depth is not None else 0,
+        CLAMP_X=x.stride(1) == 1 or x.stride(0) != 1, CLAMP_W=weight.stride(1) == 1 or weight.stride(0) != 1, WIDE=is_wide(x_steps, 2) or is_wide(w_steps, 2),
         warps=tile.warps, stages=tile.stages, device=x.device)
 
 
