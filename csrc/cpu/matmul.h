@@ -49,9 +49,11 @@ void matmul(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b
   if (M == 0 || N == 0) return;
   if (M * N * K < (1 << 16)) threads = 1;           // too little to wake anybody
   constexpr int64_t kSlab = 512;                    // of K at a time: a multiple of every KB and KU
-  // Columns a work item packs: 128 x 512 values lie in L2. Fewer where the threads would go hungry.
-  const int64_t cols = least(128, round_up(N / (4 * threads) + 1, G::NR));
-  constexpr int64_t kRows = 384;                    // rows of a chunk: a multiple of every MR
+  // Columns a work item packs: as many as keep them in L2 beside a row chunk, fewer where threads would go hungry.
+  const int64_t fit_cols = (1 << 20) / (int64_t)(sizeof(T) * (K > 0 ? K : 1)) / G::NR * G::NR;
+  const int64_t share = round_up(N / (4 * threads) + 1, G::NR);
+  const int64_t cols = least(share, fit_cols < 64 ? 64 : least(fit_cols, 256));
+  constexpr int64_t kRows = 192;                    // rows of a chunk: a multiple of every MR
   constexpr int64_t kSuperBytes = 32 << 20;         // A packed at a time
   const int64_t fit = kSuperBytes / (int64_t)(sizeof(T) * (K > 0 ? K : 1)) / kRows * kRows;
   const int64_t super = least(round_up(M, G::MR), fit < kRows ? kRows : fit);

@@ -82,7 +82,8 @@ template <> struct Gemm<float> {
         const float* b = B + n / NR * b_panel + k * NR;
         const int cols = (int)least(NR, N - n);
         for (int64_t m = 0; m < M; m += MR)
-          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, b, C + m * ldc + n, ldc, cols, add);
+          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, b, C + m * ldc + n, ldc, cols, add,
+                              n == 0 ? a_panel : 0);
       }
     }
   }
@@ -128,11 +129,12 @@ template <> struct Gemm<float> {
 
   // R x NR of C from one panel of each; 2R accumulators, all in registers.
   template <int R, int64_t RS, int64_t CS>
-  static void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add) {
+  static void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add, int64_t ahead) {
     vf acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
     for (int64_t k = 0; k < K; ++k, a += CS, b += NR) {
+      if constexpr (R == MR && RS == 1) __builtin_prefetch(a + ahead, 0, 2);  // the next panel of A, into L2
       const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -160,9 +162,10 @@ template <> struct Gemm<float> {
     }
   }
   template <int R, int64_t RS, int64_t CS>
-  static void tile_of(int rows, int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add) {
-    if (rows == R) return tile<R, RS, CS>(K, a, b, c, ldc, cols, add);
-    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, b, c, ldc, cols, add);
+  static void tile_of(int rows, int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add,
+                      int64_t ahead) {
+    if (rows == R) return tile<R, RS, CS>(K, a, b, c, ldc, cols, add, ahead);
+    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, b, c, ldc, cols, add, ahead);
   }
 };
 
@@ -241,16 +244,22 @@ template <> struct Gemm<bf16> {
       for (int64_t m = 0; m < M; m += MR) {
         const bf16* a = A + m / MR * a_panel + k * MR;
         const int rows = (int)least(MR, M - m);
+        // The next A panel is fetched into L2 meanwhile, a few lines a step: it comes from far away, and the hardware's
+        // prefetcher alone does not keep up.
+        const int64_t panels = (N + NR - 1) / NR;
+        const int per_step = (int)((32 + panels - 1) / panels);
+        const int64_t share = per_step * steps * 32;
+        const bf16* ahead = m + MR < M ? a + a_panel : A + (k + KB) * MR;
         for (int64_t n = 0; n < N; n += NR) {
           const bf16* b = B + n / NR * b_panel + k * NR;
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (rows == MR && cols == NR) {
-            tiles_2x2(steps, a, b, c, ldc, add);
+            tiles_2x2(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
           } else {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
-            if (rows > 16) tiles_2x2(steps, a, b, edge, NR, add);
+            if (rows > 16) tiles_2x2(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step);
             else tiles_1x2(steps, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
@@ -288,7 +297,8 @@ template <> struct Gemm<bf16> {
       for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
   }
 
-  static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+  static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
+                        int per_step) {
     tile_fence();
     const int64_t bytes = ldc * 4;
     float* below = c + 16 * ldc;
@@ -304,6 +314,7 @@ template <> struct Gemm<bf16> {
       _tile_zero(3);
     }
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
+      for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
       _tile_loadd(4, a, 64);
       _tile_loadd(6, b, 64);
       _tile_loadd(5, a + kTile, 64);
