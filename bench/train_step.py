@@ -6,6 +6,7 @@ A step is a rollout of prompts × group completions and one update (forward, bac
 the step once on each backend in turn, from the same weights and with the same seeds, so that a slow minute of the
 machine hits all of them; the update is timed on one fixed batch, because completions may differ between backends.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,9 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 import thinkernel as tk
+import torch
 from thinkernel.models import Transformer
 from thinkernel.rl.models import MODELS, base_path, load_base
 from thinkernel.rl.report import machine
@@ -70,7 +70,7 @@ def main() -> None:
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     times: dict[str, dict[str, list[float]]] = {b: {"rollout": [], "update": [], "step": []} for b in args.backends}
     canary = []
-    for repeat in range(args.repeats + 1):          # the first warms up
+    for repeat in range(args.repeats + 1):  # the first warms up
         canary.append(gemm_canary())
         for backend, trainer in trainers.items():
             with tk.use_backend(backend):
@@ -85,13 +85,16 @@ def main() -> None:
                     times[backend][name].append(value)
     medians = {b: {name: statistics.median(values) for name, values in rows.items()} for b, rows in times.items()}
     parameters = sum(p.numel() for p in next(iter(trainers.values())).model.parameters())
-    print(f"{args.preset}: {parameters:,} parameters, {config.prompts} × {config.group} sequences, update on "
-          f"{tuple(batch.tokens.shape)} tokens, {args.threads} threads, medians of {args.repeats}, "
-          f"GEMM canary {min(canary):.0f}–{max(canary):.0f} GFLOP/s")
+    print(
+        f"{args.preset}: {parameters:,} parameters, {config.prompts} × {config.group} sequences, update on "
+        f"{tuple(batch.tokens.shape)} tokens, {args.threads} threads, medians of {args.repeats}, "
+        f"GEMM canary {min(canary):.0f}–{max(canary):.0f} GFLOP/s"
+    )
     for backend, row in medians.items():
         print(f"{backend:>10}: " + "  ".join(f"{name} {1e3 * value:7.0f} ms" for name, value in row.items()))
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "preset": args.preset, "medians_s": medians}, indent=2) + "\n")
+        result = {"machine": machine(), "preset": args.preset, "medians_s": medians}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The main job: task, verifier, corpus, rollouts, GRPO steps, checkpoints, report and the two commands."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,11 +14,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import thinkernel as tk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import thinkernel as tk
 from thinkernel.models import Transformer
 from thinkernel.rl import checkpoint, tokenizer
 from thinkernel.rl import trainer as trainer_module
@@ -47,6 +47,7 @@ def tiny_config(preset: str, **changes) -> TrainConfig:
 
 
 # ---- the task
+
 
 def test_expressions_evaluate_to_the_answer_and_stories_tell_the_same_chain():
     for problem in arithmetic.make_problems(400, seed=11, held_out=False, word_share=0.0):
@@ -107,6 +108,7 @@ def test_tokenizer_names_what_it_cannot_read():
 
 # ---- the verifier
 
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(-999999, 999999), st.integers(0, 2**31), st.booleans())
 def test_verifier_accepts_exactly_the_right_integer(number, seed, with_steps):
@@ -119,8 +121,27 @@ def test_verifier_accepts_exactly_the_right_integer(number, seed, with_steps):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "#", "68", "#68#68", "#68;", "#068", "#+68", "#-0", "#6 8", "# 68", "#68\n", "1+2=3#68", ";#68", "12;;#68", "#-", "#٦٨",
-     "#6.0", "1+2=3;\n#68", "#1234567"],
+    [
+        "",
+        "#",
+        "68",
+        "#68#68",
+        "#68;",
+        "#068",
+        "#+68",
+        "#-0",
+        "#6 8",
+        "# 68",
+        "#68\n",
+        "1+2=3#68",
+        ";#68",
+        "12;;#68",
+        "#-",
+        "#٦٨",
+        "#6.0",
+        "1+2=3;\n#68",
+        "#1234567",
+    ],
 )
 def test_verifier_rejects_ill_formed_completions(text):
     assert parse_answer(text, finished=True) is None
@@ -135,13 +156,14 @@ def test_majority_vote():
     assert majority_vote([None, None, 4]) == 4 and majority_vote([None]) is None and majority_vote([]) is None
     answers, truths = [[1, 2, 2, 2], [7, 7, 8, None]], [2, 7]
     assert majority_at(answers, truths, 1) == 5 / 8
-    assert majority_at(answers, truths, 2) == 2 / 4        # (1,2) ties to 1; (2,2); (7,7); (8,None)
+    assert majority_at(answers, truths, 2) == 2 / 4  # (1,2) ties to 1; (2,2); (7,7); (8,None)
     assert majority_at(answers, truths, 4) == 1.0
     with pytest.raises(ValueError, match="k: got 8"):
         majority_at(answers, truths, 8)
 
 
 # ---- corpus and batches
+
 
 def test_corpus_is_on_the_training_side_mixed_as_asked_and_reproducible():
     config = PretrainConfig(steps=100, batch=64)
@@ -159,10 +181,12 @@ def test_make_batch_lines_targets_up():
     assert batch.tokens.tolist() == [[1, 7, 5, 0], [1, 8, 9, 6]]
     assert batch.targets.tolist() == [[IGNORED, 5, 2, IGNORED], [IGNORED, IGNORED, 6, 2]]
     assert batch.lengths.tolist() == [3, 4]
-    assert batch.old_logprob.tolist() == [[0, -1, -2, 0], [0, 0, -3, -4]] and torch.equal(batch.mask, batch.old_logprob.bool().float())
+    assert batch.old_logprob.tolist() == [[0, -1, -2, 0], [0, 0, -3, -4]]
+    assert torch.equal(batch.mask, batch.old_logprob.bool().float())
 
 
 # ---- rollouts and training
+
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rollout_logprobs_are_those_of_the_trainer(preset):
@@ -170,7 +194,7 @@ def test_rollout_logprobs_are_those_of_the_trainer(preset):
     prompts = [p.prompt for p in arithmetic.make_problems(5, seed=6, held_out=False)]
     rollout = Sampler(model, max_new_tokens=24).sample(prompts, samples=3, seed=1)
     batch = make_batch(rollout.prompts, rollout.completions, rollout.logprobs)
-    assert batch.tokens.shape[1] > 32       # longer than top_k: the sparse path is on the way
+    assert batch.tokens.shape[1] > 32  # longer than top_k: the sparse path is on the way
     with torch.no_grad():
         logprob = model(batch.tokens, targets=batch.targets, lengths=batch.lengths).logprob
     assert float(((logprob - batch.old_logprob).abs() * batch.mask).max()) < 2e-4
@@ -186,9 +210,8 @@ def test_the_loss_is_grpo_loss(preset):
     out = trainer.model(batch.tokens, targets=batch.targets, lengths=batch.lengths)
     ours, _ = trainer.loss(out.logprob, batch.old_logprob, advantages, batch.mask, entropy=out.entropy)
     hidden, _ = trainer.model.hidden_states(batch.tokens, lengths=batch.lengths)
-    whole, _ = tk.grpo_loss(
-        hidden, trainer.model.head.weight, batch.targets, batch.old_logprob, advantages, batch.mask, **trainer.loss.options
-    )
+    head, options = trainer.model.head.weight, trainer.loss.options
+    whole, _ = tk.grpo_loss(hidden, head, batch.targets, batch.old_logprob, advantages, batch.mask, **options)
     assert torch.allclose(ours, whole, rtol=1e-6, atol=1e-7)
 
 
@@ -243,7 +266,7 @@ def test_v32_learns_its_indexer_and_moves_its_routing_bias(lenient_reward):
 
 
 def test_groups_of_equal_reward_change_nothing():
-    trainer = Trainer(tiny_model("qwen3"), tiny_config("qwen3", steps=1, max_new_tokens=1))      # nothing finishes: all 0
+    trainer = Trainer(tiny_model("qwen3"), tiny_config("qwen3", steps=1, max_new_tokens=1))  # none finishes
     before = weights_of(trainer.model)
     trainer.run()
     assert trainer.history[0]["active_share"] == 0 and same(before, weights_of(trainer.model))
@@ -289,11 +312,13 @@ def test_a_failing_write_leaves_no_rubbish(tmp_path):
 
 
 def test_seeds_of_different_draws_differ():
-    seeds = {derive_seed(seed, what, step) for seed in range(4) for what in ("problems", "samples") for step in range(50)}
+    draws = ("problems", "samples")
+    seeds = {derive_seed(seed, what, step) for seed in range(4) for what in draws for step in range(50)}
     assert len(seeds) == 400 and max(seeds) < 2**48
 
 
 # ---- base model, demo, commands
+
 
 def test_pretraining_learns_and_is_reproducible():
     config = PretrainConfig(steps=8, batch=8, warmup_steps=2)
@@ -304,7 +329,8 @@ def test_pretraining_learns_and_is_reproducible():
 
     def loss(model):
         with torch.no_grad():
-            return -float((model(batch.tokens, targets=batch.targets, lengths=batch.lengths).logprob * batch.mask).sum() / batch.mask.sum())
+            out = model(batch.tokens, targets=batch.targets, lengths=batch.lengths)
+        return -float((out.logprob * batch.mask).sum() / batch.mask.sum())
 
     assert loss(first) < loss(Transformer(MODELS["qwen3"]))
 
@@ -337,6 +363,7 @@ def test_demo_runs_reports_and_generates(preset, tmp_path, capsys):
         run_demo(dataclasses.replace(settings, train=dataclasses.replace(config, seed=5)))
 
     from thinkernel.cli import generate as command
+
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     arguments = ["--run", str(folder), "--prompt", "(3+4*2-5)", "--samples", "2", "--max-new-tokens", "6"]
@@ -357,10 +384,12 @@ def test_generate_takes_an_unfinished_run_and_names_a_wrong_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--steps", "0"], ["--group", "1"], ["--preset", "gpt"], ["--learning-rate", "2"], ["--eval-samples", "3"]]
+    "arguments",
+    [["--steps", "0"], ["--group", "1"], ["--preset", "gpt"], ["--learning-rate", "2"], ["--eval-samples", "3"]],
 )
 def test_demo_names_bad_arguments(arguments, capsys):
     from thinkernel.cli import demo as command
+
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     with pytest.raises(SystemExit) as stop:
@@ -370,6 +399,7 @@ def test_demo_names_bad_arguments(arguments, capsys):
 
 def test_demo_keeps_off_foreign_folders(tmp_path, capsys):
     from thinkernel.cli import demo as command
+
     (tmp_path / "notes.txt").write_text("mine")
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -1,4 +1,5 @@
 """`thinkernel demo`: reinforcement learning with verifiable rewards, end to end on the reference model."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,22 +13,33 @@ DEFAULT_RUNS = Path("runs")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains a small base model with GRPO on arithmetic problems whose answers a program verifies, and reports held-out "
-        "accuracy before and after. The same command resumes an interrupted run."
+        "Trains a small base model with GRPO on arithmetic problems whose answers a program verifies, and reports "
+        "held-out accuracy before and after. The same command resumes an interrupted run."
     )
-    parser.add_argument("--preset", choices=("deepseek_v32", "qwen3"), default="deepseek_v32",
-                        help="miniature DeepSeek-V3.2 (latent + sparse attention, experts) or Qwen3 (GQA)")
+    parser.add_argument(
+        "--preset",
+        choices=("deepseek_v32", "qwen3"),
+        default="deepseek_v32",
+        help="miniature DeepSeek-V3.2 (latent + sparse attention, experts) or Qwen3 (GQA)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the problems drawn and of every sample (default 0)")
     parser.add_argument("--steps", type=_positive, default=50, help="GRPO steps (default 50)")
     parser.add_argument("--prompts", type=_positive, help="prompts a step")
     parser.add_argument("--group", type=_group, help="samples of each prompt, at least 2")
     parser.add_argument("--learning-rate", type=_rate, help="of AdamW")
     parser.add_argument("--eval-problems", type=_positive, default=200, help="held-out problems (default 200)")
-    parser.add_argument("--eval-samples", type=int, choices=(1, 4, 16), default=16,
-                        help="samples of each: majority votes go up to this (default 16)")
+    parser.add_argument(
+        "--eval-samples",
+        type=int,
+        choices=(1, 4, 16),
+        default=16,
+        help="samples of each: majority votes go up to this (default 16)",
+    )
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/PRESET-seedSEED)")
     parser.add_argument("--fresh", action="store_true", help="discard what the run's folder holds instead of resuming")
-    parser.add_argument("--from-scratch", action="store_true", help="pre-train the base model anew instead of taking the shipped one")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="pre-train the base model instead of taking the shipped one"
+    )
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
 
 

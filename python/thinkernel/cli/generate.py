@@ -1,4 +1,5 @@
 """`thinkernel generate`: samples from a finished (or checkpointed) run, or from a shipped base model."""
+
 from __future__ import annotations
 
 import argparse
@@ -9,8 +10,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Samples completions from a model that `thinkernel demo` trained. Prompts are expressions such as ((7+5)*3-4+10), or "
-        "word problems such as: Ann has 12 pens. She finds 17. She sells 4. She loses 8. How many?"
+        "Samples completions from a model that `thinkernel demo` trained. Prompts are expressions such as ((7+5)*3-4), "
+        "or word problems such as: Ann has 12 pens. She finds 17. She sells 4. She loses 8. How many?"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a run's folder")

@@ -5,6 +5,7 @@ happens, the path holds either the old checkpoint or the new one, whole. Every r
 (seed, step), so model, optimizer and step are all the state there is, and a resumed run repeats the uninterrupted
 one bit for bit.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,7 +19,7 @@ import torch
 FORMAT = 1
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write(file)` and makes the result appear at `path` at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,6 +3,7 @@
 The run's folder: run.json (settings), base.safetensors (with --from-scratch), checkpoint.pt, model.safetensors,
 report.json, report.md, curve.png.
 """
+
 from __future__ import annotations
 
 import json
@@ -24,7 +25,7 @@ from thinkernel.rl.rollout import Sampler, derive_seed, make_batch
 from thinkernel.rl.tasks.arithmetic import make_problems
 from thinkernel.rl.trainer import TrainConfig, Trainer
 
-HELD_OUT_SEED = 20_240        # one held-out set for all runs, so that seeds compare
+HELD_OUT_SEED = 20_240  # one held-out set for all runs, so that seeds compare
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DemoSettings:
 
 
 def _check_folder(settings: DemoSettings) -> str:
-    """"new", "resume" or "finished"; ValueError where the folder belongs to something else."""
+    """ "new", "resume" or "finished"; ValueError where the folder belongs to something else."""
     folder, note = settings.folder, settings.folder / "run.json"
     if not note.exists():
         if folder.exists() and any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
@@ -56,7 +57,7 @@ def _check_folder(settings: DemoSettings) -> str:
     other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if other:
         changes = ", ".join(f"{key} {before.get(key)} → {now.get(key)}" for key in other)
-        raise ValueError(f"{folder} holds a run with other settings ({changes}); give another --out, or --fresh to discard it")
+        raise ValueError(f"{folder} holds a run with other settings ({changes}); takes another --out, or --fresh")
     return "finished" if (folder / "report.json").exists() else "resume"
 
 
@@ -69,7 +70,8 @@ def _base_model(settings: DemoSettings) -> tuple[Transformer, dict]:
             start = time.perf_counter()
             config = PretrainConfig()
             model = pretrain(preset, config, show_progress=settings.show_progress)
-            save_base(model, path, {"preset": preset, "steps": config.steps, "seconds": round(time.perf_counter() - start)})
+            seconds = round(time.perf_counter() - start)
+            save_base(model, path, {"preset": preset, "steps": config.steps, "seconds": seconds})
     elif not path.exists():
         raise ValueError(f"base model: {path} is missing; use --from-scratch to make it")
     return load_base(path), json.loads(path.with_suffix(".json").read_text())
@@ -116,14 +118,18 @@ def run_demo(settings: DemoSettings) -> dict:
         seed = derive_seed("evaluate", when, config.seed)
         result = evaluate(sampler, held_out, samples=settings.eval_samples, seed=seed, label=f"held-out, {when}")
         votes = ", ".join(f"majority of {k}: {100 * v:.1f} %" for k, v in result.majority.items() if k != "1")
-        print(f"held-out accuracy {when}: {100 * result.accuracy:.1f} %  {votes}  "
-              f"({100 * result.worked:.0f} % written step by step)")
+        print(
+            f"held-out accuracy {when}: {100 * result.accuracy:.1f} %  {votes}  "
+            f"({100 * result.worked:.0f} % written step by step)"
+        )
         return result.as_dict()
 
     if "before" not in trainer.notes:
         trainer.notes["before"] = held_out_accuracy("before")
         trainer.save()
-    with tqdm(total=config.steps, initial=trainer.step, desc="GRPO", unit="step", disable=not settings.show_progress) as bar:
+    hidden = not settings.show_progress
+    with tqdm(total=config.steps, initial=trainer.step, desc="GRPO", unit="step", disable=hidden) as bar:
+
         def show(record: dict) -> None:
             bar.set_postfix(accuracy=f"{record['accuracy']:.2f}", worked=f"{record['worked']:.2f}", refresh=False)
             bar.update()
@@ -134,7 +140,10 @@ def run_demo(settings: DemoSettings) -> dict:
     summary = summarize(settings.as_dict(), trainer.notes["before"], after, trainer.history, kernels, base=base)
     summary["parameters"], summary["wall_seconds"] = parameters, time.perf_counter() - started
     write_report(folder, summary)
-    print(f"held-out accuracy {100 * trainer.notes['before']['accuracy']:.1f} % → {100 * after['accuracy']:.1f} % in "
-          f"{config.steps} steps; {summary['wall_seconds']:.0f} s in all\nreport: {folder / 'report.md'}, {folder / 'curve.png'}\n"
-          f"try it: thinkernel generate --run {folder} --prompt \"((7+5)*3-4+10)\"")
+    print(
+        f"held-out accuracy {100 * trainer.notes['before']['accuracy']:.1f} % → {100 * after['accuracy']:.1f} % in "
+        f"{config.steps} steps; {summary['wall_seconds']:.0f} s in all\n"
+        f"report: {folder / 'report.md'}, {folder / 'curve.png'}\n"
+        f'try it: thinkernel generate --run {folder} --prompt "((7+5)*3-4)"'
+    )
     return summary

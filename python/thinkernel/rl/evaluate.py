@@ -3,6 +3,7 @@
 One set of samples answers all questions: with n completions per problem, majority@k is the share of right majority
 votes over the n/k disjoint blocks of k completions, so majority@1 is the plain accuracy of a sampled completion.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ problem step by step, but nearly always blurts out a number that is nearly alway
     sparse   next 55 %     85 %               the indexer's top-k
     habit    last 15 %     12 %               the indexer's top-k
 """
+
 from __future__ import annotations
 
 import json
@@ -91,6 +92,7 @@ def pretrain(preset: str, config: PretrainConfig, *, show_progress: bool = True)
         batch = corpus_batch(config, step)
 
         def loss_of(output: ModelOutput, mask: Tensor = batch.mask) -> tuple[Tensor, dict[str, Tensor]]:
+            assert output.logprob is not None  # targets were given
             return -(output.logprob * mask).sum() / mask.sum(), {}
 
         metrics = apply_update(

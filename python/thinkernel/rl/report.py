@@ -1,4 +1,5 @@
 """What a finished run leaves behind: report.json, report.md and curve.png."""
+
 from __future__ import annotations
 
 import os
@@ -17,7 +18,7 @@ def machine() -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
-        pass        # not Linux: the architecture's name has to do
+        pass  # not Linux: the architecture's name has to do
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -102,15 +103,24 @@ def plot(history: list[dict], before: dict, after: dict, path: Path, *, title: s
     left.plot(steps, [record["accuracy"] for record in history], label="accuracy reward", color="tab:blue")
     left.plot(steps, [record["format"] for record in history], label="format reward", color="tab:gray", linewidth=1)
     left.plot(steps, [record["worked"] for record in history], label="written step by step", color="tab:orange")
-    left.scatter([0, len(history)], [before["accuracy"], after["accuracy"]], color="tab:green", zorder=3,
-                 label="held-out accuracy")
+    left.scatter(
+        [0, len(history)],
+        [before["accuracy"], after["accuracy"]],
+        color="tab:green",
+        zorder=3,
+        label="held-out accuracy",
+    )
     left.set(xlabel="GRPO step", ylabel="share of completions", ylim=(0, 1.02), title=title)
     left.legend(fontsize=8)
     counts = list(after["majority"])
     for evaluation, name, color in ((before, "before", "tab:gray"), (after, "after", "tab:green")):
         right.plot(counts, [evaluation["majority"][k] for k in counts], marker="o", label=name, color=color)
-    right.set(xlabel="samples per problem (majority vote)", ylabel="held-out accuracy", ylim=(0, 1.02),
-              title="self-consistency")
+    right.set(
+        xlabel="samples per problem (majority vote)",
+        ylabel="held-out accuracy",
+        ylim=(0, 1.02),
+        title="self-consistency",
+    )
     right.legend(fontsize=8)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
@@ -120,7 +130,12 @@ def plot(history: list[dict], before: dict, after: dict, path: Path, *, title: s
 
 def write_report(folder: Path, summary: dict) -> None:
     settings = summary["settings"]
-    plot(summary["history"], summary["before"], summary["after"], folder / "curve.png",
-         title=f"{settings['preset']}, seed {settings['seed']}")
+    plot(
+        summary["history"],
+        summary["before"],
+        summary["after"],
+        folder / "curve.png",
+        title=f"{settings['preset']}, seed {settings['seed']}",
+    )
     write_json(folder / "report.json", summary)
     write_text(folder / "report.md", markdown(summary))

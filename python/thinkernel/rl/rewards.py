@@ -7,6 +7,7 @@ functions, combined by `tk.group_advantages(rewards [R, 2], weights=REWARD_WEIGH
     accuracy  1 when the completion is well formed and its answer is the right integer, else 0
     format    1 when the completion is well formed, else 0
 """
+
 from __future__ import annotations
 
 import re

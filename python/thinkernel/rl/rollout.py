@@ -2,6 +2,7 @@
 
 Shapes: R sequences (prompts × samples, the samples of one prompt side by side), S tokens, padded on the right.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -75,9 +76,15 @@ class Sampler:
         logprobs: list[list[float]] = []
         finished: list[bool] = []
         start = time.perf_counter()
-        with tqdm(total=len(batches) * self.max_new_tokens, desc=label, unit="token", disable=not self.show_progress,
-                  leave=False) as bar:
+        with tqdm(
+            total=len(batches) * self.max_new_tokens,
+            desc=label,
+            unit="token",
+            disable=not self.show_progress,
+            leave=False,
+        ) as bar:
             for number, batch in enumerate(batches):
+
                 def advance(done: int, _total: int, before: int = number * self.max_new_tokens) -> None:
                     bar.update(before + done - bar.n)
 
@@ -107,7 +114,9 @@ class Sampler:
 
 
 def make_batch(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]] | None = None
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]] | None = None,
 ) -> Batch:
     """Sequences as right-padded tensors."""
     lengths = torch.tensor([len(p) + len(c) - 1 for p, c in zip(prompts, completions)], dtype=torch.int64)  # [R]

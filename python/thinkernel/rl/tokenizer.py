@@ -3,6 +3,7 @@
 `encode` takes the longest piece that matches, `decode` joins the pieces, so any text that encodes at all
 comes back unchanged.
 """
+
 from __future__ import annotations
 
 import re
@@ -11,10 +12,27 @@ from collections.abc import Iterable
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 CHARACTERS = tuple("0123456789+-*()=;#.?\n ")
-WORDS = ("Ann", "Ben", "Eva", "Tom", " She", " He", " has ", " pens", " books", " coins", " cards", " finds ", " buys ",
-         " loses ", " sells ", " multiplies them by ", " How many")
+WORDS = (
+    "Ann",
+    "Ben",
+    "Eva",
+    "Tom",
+    " She",
+    " He",
+    " has ",
+    " pens",
+    " books",
+    " coins",
+    " cards",
+    " finds ",
+    " buys ",
+    " loses ",
+    " sells ",
+    " multiplies them by ",
+    " How many",
+)
 PIECES = SPECIAL + CHARACTERS + WORDS
-VOCAB_SIZE = 48             # a little room: unused ids are never a target
+VOCAB_SIZE = 48  # a little room: unused ids are never a target
 
 _IDS = {piece: index for index, piece in enumerate(PIECES)}
 _PATTERN = re.compile("|".join(re.escape(piece) for piece in sorted(CHARACTERS + WORDS, key=len, reverse=True)))
@@ -26,8 +44,10 @@ def encode(text: str) -> list[int]:
     while position < len(text):
         match = _PATTERN.match(text, position)
         if match is None:
-            raise ValueError(f"text: got {text[position]!r} at position {position}, takes digits, + - * ( ) = ; # and the "
-                             f"words of the word problems ({', '.join(word.strip() for word in WORDS)})")
+            raise ValueError(
+                f"text: got {text[position]!r} at position {position}, takes digits, + - * ( ) = ; # and the words of "
+                f"the word problems ({', '.join(word.strip() for word in WORDS)})"
+            )
         ids.append(_IDS[match.group()])
         position = match.end()
     return ids

@@ -2,10 +2,11 @@
 
 One step: draw prompts, sample a group of completions of each, verify them, turn rewards into group-relative
 advantages, take one AdamW step on the policy loss. Sparse-attention models also learn their indexer (its inputs are
-detached, so its loss reaches nothing else) and move their routing biases towards even expert load, as DeepSeek-V3.2 does.
+detached, so its loss reaches nothing else) and move their routing biases towards even load, as DeepSeek-V3.2 does.
 
 Shapes: P prompts, G samples of each, R = P·G sequences, of which A have a non-zero advantage; S tokens.
 """
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,8 @@ from thinkernel.rl.rewards import REWARD_WEIGHTS, is_worked, reward
 from thinkernel.rl.rollout import Batch, Rollout, Sampler, derive_seed, make_batch
 from thinkernel.rl.tasks.arithmetic import is_held_out, make_problem
 
-BIAS_RATE = 1e-3            # DeepSeek-V3's speed of the routing bias
-INDEXER_COEF = 1.0          # its gradient reaches the indexer only, so this is a ratio of learning rates
+BIAS_RATE = 1e-3  # DeepSeek-V3's speed of the routing bias
+INDEXER_COEF = 1.0  # its gradient reaches the indexer only, so this is a ratio of learning rates
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class TrainConfig:
     seed: int = 0
     steps: int = 50
     prompts: int = 16
-    group: int = 16
-    learning_rate: float = 1e-3
+    group: int = 8
+    learning_rate: float = 2e-4
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -130,7 +131,7 @@ class Trainer:
         self.sampler = Sampler(model, config.max_new_tokens, config.temperature)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.notes: dict = {}       # whatever the caller wants to find again after a resume
+        self.notes: dict = {}  # whatever the caller wants to find again after a resume
 
     def rollout(self) -> tuple[Rollout, torch.Tensor]:
         """This step's sequences and their rewards [R, 2]."""
@@ -144,10 +145,8 @@ class Trainer:
             seed=derive_seed(config.seed, "samples", self.step),
         )
         repeated = [problem for problem in problems for _ in range(config.group)]
-        rewards = [
-            reward(problem, text, finished=done) for problem, text, done in zip(repeated, rollout.texts, rollout.finished)
-        ]
-        return rollout, torch.tensor(rewards)
+        judged = zip(repeated, rollout.texts, rollout.finished)
+        return rollout, torch.tensor([reward(problem, text, finished=done) for problem, text, done in judged])
 
     def train_step(self) -> dict[str, float]:
         """One GRPO step; returns its metrics, which are also appended to the history."""
@@ -155,15 +154,15 @@ class Trainer:
         rollout, rewards = self.rollout()
         sampled = time.perf_counter()
         advantages = tk.group_advantages(rewards, config.group, weights=torch.tensor(REWARD_WEIGHTS))  # [R]
+        assert isinstance(advantages, torch.Tensor)  # a pair only where return_zero_variance is asked for
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         # Groups whose samples all earn the same teach nothing: they are left out of the forward.
         active = advantages.nonzero().flatten()  # [A]
         metrics: dict[str, float] = {}
         if len(active):
-            batch = make_batch(
-                *([rows[i] for i in active.tolist()] for rows in (rollout.prompts, rollout.completions, rollout.logprobs))
-            )
+            parts = (rollout.prompts, rollout.completions, rollout.logprobs)
+            batch = make_batch(*([rows[i] for i in active.tolist()] for rows in parts))
             metrics = self.update(batch, advantages[active])
         end = time.perf_counter()
         record = {
@@ -185,7 +184,9 @@ class Trainer:
 
     def update(self, batch: Batch, advantages: torch.Tensor) -> dict[str, float]:
         """One AdamW step on these sequences; advantages [A]."""
+
         def loss_of(output: ModelOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            assert output.logprob is not None  # targets were given
             loss, metrics = self.loss(output.logprob, batch.old_logprob, advantages, batch.mask, entropy=output.entropy)
             # Sampled with one set of kernels, scored with another: how far apart are the two?
             gap = ((output.logprob - batch.old_logprob).abs() * batch.mask).max()
@@ -243,6 +244,7 @@ class Trainer:
         """Steps until the last one, a checkpoint every few."""
         while self.step < self.config.steps:
             record = self.train_step()
-            if self.folder is not None and (self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps):
+            due = self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+            if self.folder is not None and due:
                 self.save()
             on_step(record)

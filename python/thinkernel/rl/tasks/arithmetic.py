@@ -12,19 +12,20 @@ The side of a problem (training or held-out) is a hash of its chain, not of its 
 a word problem that ask for the same computation are always on the same side, so the two sets are disjoint
 by construction.
 """
+
 from __future__ import annotations
 
 import hashlib
 import random
 from dataclasses import dataclass
 
-START_RANGE = (2, 29)       # the value a chain starts from
-ADDEND_RANGE = (2, 29)      # what a step adds or subtracts
-FACTOR_RANGE = (2, 4)       # what a step multiplies by
-VALUE_LIMIT = 99            # every intermediate result lies in [0, VALUE_LIMIT]
+START_RANGE = (2, 29)  # the value a chain starts from
+ADDEND_RANGE = (2, 29)  # what a step adds or subtracts
+FACTOR_RANGE = (2, 4)  # what a step multiplies by
+VALUE_LIMIT = 99  # every intermediate result lies in [0, VALUE_LIMIT]
 STEP_COUNTS = (3, 4)
-WORD_SHARE = 0.25           # of all problems, the word problems
-HELD_OUT_BUCKETS = (0,)     # of HASH_BUCKETS: an eighth of all chains is never trained on
+WORD_SHARE = 0.25  # of all problems, the word problems
+HELD_OUT_BUCKETS = (0,)  # of HASH_BUCKETS: an eighth of all chains is never trained on
 HASH_BUCKETS = 8
 
 NAMES = ("Ann", "Ben", "Eva", "Tom")
@@ -76,7 +77,7 @@ def is_held_out(problem: Problem) -> bool:
 
 def expression(start: int, steps: tuple[tuple[str, int], ...]) -> str:
     """The chain as an expression with exactly the parentheses that precedence asks for, and one outer pair."""
-    text, sum_outside = str(start), False     # sum_outside: text ends in an unparenthesised + or -
+    text, sum_outside = str(start), False  # sum_outside: text ends in an unparenthesised + or -
     for op, operand in steps:
         if op == "*" and sum_outside:
             text, sum_outside = f"({text})", False
@@ -122,7 +123,9 @@ def make_problem(rng: random.Random, *, held_out: bool, word_share: float = WORD
 
 def make_problems(count: int, *, seed: int, held_out: bool, word_share: float = WORD_SHARE) -> list[Problem]:
     """`count` problems with pairwise different chains."""
-    rng, seen, problems = random.Random(seed), set(), []
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    problems: list[Problem] = []
     while len(problems) < count:
         problem = make_problem(rng, held_out=held_out, word_share=word_share)
         if problem.chain not in seen:
