@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from thinkernel.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,15 +10,14 @@ import sys
 import warnings
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import thinkernel as tk
+import torch
 from thinkernel.ops import dispatch
 from thinkernel.testing import assert_bitwise
 from thinkernel.testing.cases import CASES
 from thinkernel.testing.inputs import Draw
 from thinkernel.testing.validate import _outputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = [case for case in CASES if case.small]
 

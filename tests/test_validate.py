@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from thinkernel.ops import dispatch
 from thinkernel.testing import assert_bitwise, check
 from thinkernel.testing.cases import CASES

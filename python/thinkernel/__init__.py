@@ -7,7 +7,7 @@ with verifiable rewards in `thinkernel.rl`. `thinkernel doctor` on the command l
 from __future__ import annotations
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "thinkernel needs PyTorch 2.11 or newer, which it does not install itself because only you know which build "

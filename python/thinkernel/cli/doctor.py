@@ -45,7 +45,7 @@ def report() -> dict[str, Any]:
         "gpu": gpus,
         "torch_cuda": torch.version.cuda,
         "extension": "loaded" if extension else dispatch.C_MISSING,
-        "cuda_half": "built" if extension and not extension.cuda_left_out else (extension.cuda_left_out if extension else dispatch.C_MISSING),
+        "cuda_half": (extension.cuda_left_out or "built") if extension else dispatch.C_MISSING,
         "backend": dispatch.requested(),
         "backends": tk.backends(),
         "ops": {name: sorted(op.kernels) for name, op in sorted(OPS.items())},

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(result: Result) -> dict[str, object]:
     found = result.comparison
-    row = {"backend": result.backend, "dtype": str(result.dtype).removeprefix("torch."), "family": result.case.family}
+    row: dict[str, object] = {"backend": result.backend, "dtype": str(result.dtype).removeprefix("torch."), "family": result.case.family}
     if found is None:
         return row | {"name": result.case.name, "skipped": result.skipped}
     return row | {
@@ -71,7 +71,8 @@ def _row(result: Result) -> dict[str, object]:
 def _print(results: list[Result]) -> int:
     """The table, then what is not covered and what failed; returns the number of failures."""
     print(f"{'op':40} {'backend':10} {'dtype':9} {'error':>10} {'torch':>10} {'error/bound':>11}")
-    failed, skipped = [], {}
+    failed: list[str] = []
+    skipped: dict[str, dict[str, str]] = {}
     for result in results:
         found, dtype = result.comparison, str(result.dtype).removeprefix("torch.")
         if found is None:

@@ -40,8 +40,8 @@ def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    return *grads, q.new_empty(0 if sinks is None else sinks.shape, dtype=q.dtype if sinks is None else sinks.dtype)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -265,13 +265,12 @@ def attention(
     Bits of a row depend on that row alone: not on the batch, the padding or the thread count.
     Raises ValueError or TypeError naming the argument. Source: FlashAttention-2 (arXiv 2307.08691), GQA (2305.13245).
     """
-    packed = cu_seqlens_q is not None
-    dims, row = (3, "[N, H, D] with cu_seqlens_q") if packed else (4, "[B, S, H, D]")
+    dims, row = (3, "[N, H, D] with cu_seqlens_q") if cu_seqlens_q is not None else (4, "[B, S, H, D]")
     checks.tensor("q", q, dims, row)
     checks.tensor("k", k, dims, row.replace("S", "T").replace("H", "Hkv"))
     checks.tensor("v", v, dims, row.replace("S", "T").replace("H", "Hkv").replace("D", "Dv"))
     _check_heads(q, k, v, "k", "v")
-    if packed:
+    if cu_seqlens_q is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             checks.tensor(name, cu, 1, "[B + 1]", checks.INTEGERS)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,7 +89,8 @@ def requested() -> str:
     return _requested
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
+def _load_extension() -> tuple[Any, str]:
+    """The C++ module or None, and why not."""
     try:
         # torch is imported above, so that its OpenMP runtime is the one the extension binds to
         return importlib.import_module("thinkernel._C"), ""

@@ -39,7 +39,9 @@ def _check_target(name: str, target: Tensor, ignore_index: int, vocabulary: int)
 linear_logprob_forward = Op(
     "linear_logprob_forward",
     f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_HEAD}) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, *rest: tuple(hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3)),
+    lambda hidden, *rest: tuple(
+        hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in (_wide(hidden), _wide(hidden), torch.float64)
+    ),
 )
 linear_logprob_backward = Op(
     "linear_logprob_backward",
@@ -75,7 +77,7 @@ def _reference_head(
 @linear_logprob_forward.kernel("reference")
 def _reference_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     lp, ent = _reference_head(*args)
-    return lp, ent, torch.zeros_like(lp)  # the reference's backward needs no lse
+    return lp, ent, torch.zeros_like(lp, dtype=torch.float64)  # the reference's backward needs no lse
 
 
 @linear_logprob_backward.kernel("reference")
@@ -96,8 +98,12 @@ def _kernel_covers(hidden: Tensor, *rest: Any) -> str | None:
 
 
 def _row_buffers(hidden: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy (zeros where it is not asked for), lse: float32 [N]."""
-    lp, ent, lse = (empty((hidden.shape[0],), hidden, torch.float32) for _ in range(3))
+    """logprob, entropy (zeros where it is not asked for): float32 [N]; lse: float64 [N].
+
+    An lse rounded to float32 would tilt every probability of its row by up to 5e-7 (at lse = 10) in the backward.
+    """
+    n = (hidden.shape[0],)
+    lp, ent, lse = empty(n, hidden, torch.float32), empty(n, hidden, torch.float32), empty(n, hidden, torch.float64)
     return lp, ent if entropy else ent.zero_(), lse
 
 
@@ -166,11 +172,12 @@ def _triton_forward(
 
     hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
     lp, ent, lse = _row_buffers(hidden, entropy)
+    lse = lse.float()  # the kernel's precision
     kernels.linear_logprob_forward(
         hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
         softcap=softcap or None, ignore_index=ignore_index,
     )
-    return lp, ent, lse
+    return lp, ent, lse.double()
 
 
 @linear_logprob_backward.kernel("triton", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
@@ -185,7 +192,7 @@ def _triton_backward(
     dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
     dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
     kernels.linear_logprob_backward(
-        hidden, weight, target, bias, lse, ent, dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
+        hidden, weight, target, bias, lse.float(), ent, dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
         dw if need_weight else None, db if need_bias else None, temperature=temperature, softcap=softcap or None,
         ignore_index=ignore_index,
     )
@@ -206,7 +213,7 @@ def _backward(ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, dlse: 
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     if dlogprob is None and dentropy is None:
         return (None,) * 8
-    dlogprob = torch.zeros_like(lse) if dlogprob is None else dlogprob
+    dlogprob = torch.zeros_like(ent) if dlogprob is None else dlogprob
     dh, dw, db = linear_logprob_backward(
         dlogprob, dentropy, hidden, weight, target, bias, lse, ent, *ctx.options, need_hidden, need_weight,
         need_bias and bias is not None,

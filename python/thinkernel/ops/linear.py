@@ -5,6 +5,7 @@ Shapes: N rows (all leading dimensions), I in, O out.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -152,4 +153,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is not None:
             checks.same_dtype("bias", bias, "x", x)
     checks.same_device("x", x, weight=weight, bias=bias)
-    return linear_forward(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    rows = math.prod(x.shape[:-1])  # not -1: I may be 0
+    return linear_forward(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])

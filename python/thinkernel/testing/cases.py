@@ -54,12 +54,12 @@ def qkv(draw: Draw, B: int, S: int, T: int, H: int, Hkv: int, D: int, Dv: int | 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """torch's attention, and the lse that it does not return, from scores in the same dtype."""
     group = q.shape[2] // k.shape[2]
-    heads = [x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))]
-    S, T = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    S, T = q.shape[2], k.shape[2]
     visible = torch.arange(T) <= torch.arange(T - S, T)[:, None]  # bottom-right, where is_causal is top-left
     mask = visible if causal else None
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
-    scores = (heads[0] @ heads[1].mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~visible, float("-inf")) if causal else scores
     return out.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 

@@ -56,7 +56,7 @@ def compare(
     for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         wrong = test(out64) != test(rounded)
         if wrong.any():
-            at = _coordinates(wrong.flatten().nonzero()[0].item(), wrong.shape)
+            at = _coordinates(int(wrong.flatten().nonzero()[0]), wrong.shape)
             message = f"{name}: {kind} differs in {int(wrong.sum())} elements, first at {at}: got {out64[at]}, want {ref64[at]}"
             return Comparison(name, float("inf"), 0.0, 0.0, float("inf"), message)
 
@@ -106,7 +106,7 @@ def assert_bitwise(a: Tensor, b: Tensor, name: str = "result") -> None:
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     differs = a.detach().cpu().contiguous().view(integer) != b.detach().cpu().contiguous().view(integer)
     if differs.any():
-        at = _coordinates(differs.flatten().nonzero()[0].item(), differs.shape)
+        at = _coordinates(int(differs.flatten().nonzero()[0]), differs.shape)
         raise AssertionError(
             f"{name}: {int(differs.sum())} of {differs.numel()} elements differ in their bits, "
             f"first at {at}: {a[at].item()!r} against {b[at].item()!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,16 +84,21 @@ def evaluate(
                 scores.append(case.selection(**wide))
         stacked.append([[x.detach().cpu() for x in found], [x.detach() for x in truth], [x.detach() for x in base]])
 
-    outs, refs, bases = ([torch.stack(xs) for xs in zip(*(draw[i] for draw in stacked), strict=True)] for i in range(3))
+    outs, refs, bases = ([_join(xs) for xs in zip(*(draw[i] for draw in stacked), strict=True)] for i in range(3))
     count = len(outs) - len(case.gradients)
     names = [case.name if count == 1 else f"{case.name}[{i}]" for i in range(count)]
     names += [f"{case.name} d{name}" for name in case.gradients]
-    for name, out, ref, base in zip(names, outs, refs, bases, strict=True):
+    for name, out, ref, baseline in zip(names, outs, refs, bases, strict=True):
         if out.is_floating_point():
-            comparison = compare(out, ref.double(), base, name=name)
+            comparison = compare(out, ref.double(), baseline, name=name)
         else:
             comparison = _compare_indices(out, ref, torch.stack(scores) if scores else None, name)
         yield Result(case, backend, dtype, comparison)
+
+
+def _join(draws: Sequence[Tensor]) -> Tensor:
+    """[draws, ...]; a vector (a bias's gradient, say) is one row, whatever the number of draws."""
+    return torch.stack(draws) if draws[0].dim() > 1 else torch.stack(draws).flatten()
 
 
 def _compare_indices(out: Tensor, ref: Tensor, scores: Tensor | None, name: str) -> Comparison:
@@ -114,7 +118,9 @@ def _compare_indices(out: Tensor, ref: Tensor, scores: Tensor | None, name: str)
     return fine if bool(same_count and distinct.all() and (chosen >= lowest - slack).all()) else wrong
 
 
-def sweep(cases: Sequence[Case], backends: Sequence[str], dtypes: Sequence[torch.dtype], *, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
+def sweep(
+    cases: Sequence[Case], backends: Sequence[str], dtypes: Sequence[torch.dtype], *, seed: int = 0, device: str = "cpu"
+) -> Iterator[Result]:
     for case in cases:
         for backend in backends:
             for dtype in dtypes:
