@@ -2,9 +2,10 @@
 
     python bench/train_step.py --preset qwen3 --backends auto reference
 
-A step is a rollout of prompts × group completions and one update (forward, backward, AdamW). Every repetition runs
-the step once on each backend in turn, from the same weights and with the same seeds, so that a slow minute of the
-machine hits all of them; the update is timed on one fixed batch, because completions may differ between backends.
+A step is a rollout of prompts × group completions and one update (forward, backward, AdamW), as they are once the
+policy writes its solutions out: the rollout's prompts end in the first number of the worked solution, which the base
+model then goes on with, and the update's batch holds worked solutions. Every repetition runs the step once on each
+backend in turn, from the same weights and with the same seeds, so that a slow minute of the machine hits all of them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def main() -> None:
         model = load_base(path) if path.exists() else Transformer(MODELS[args.preset])
         trainers[backend] = Trainer(model, config)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    problems = make_problems(config.prompts, seed=2, held_out=False)
+    openings = [problem.prompt + str(problem.start) for problem in problems]
     times: dict[str, dict[str, list[float]]] = {b: {"rollout": [], "update": [], "step": []} for b in args.backends}
     canary = []
     for repeat in range(args.repeats + 1):  # the first warms up
@@ -75,7 +78,7 @@ def main() -> None:
         for backend, trainer in trainers.items():
             with tk.use_backend(backend):
                 start = time.perf_counter()
-                trainer.rollout()
+                tokens = trainer.sampler.sample(openings, samples=config.group, seed=repeat).tokens
                 sampled = time.perf_counter()
                 trainer.update(batch, advantages)
                 end = time.perf_counter()
@@ -87,7 +90,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in next(iter(trainers.values())).model.parameters())
     print(
         f"{args.preset}: {parameters:,} parameters, {config.prompts} × {config.group} sequences, update on "
-        f"{tuple(batch.tokens.shape)} tokens, {args.threads} threads, medians of {args.repeats}, "
+        f"{tuple(batch.tokens.shape)} tokens, {tokens} sampled tokens, {args.threads} threads, medians of {args.repeats}, "
         f"GEMM canary {min(canary):.0f}–{max(canary):.0f} GFLOP/s"
     )
     for backend, row in medians.items():

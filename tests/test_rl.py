@@ -376,7 +376,7 @@ def test_demo_runs_reports_and_generates(preset, tmp_path, capsys):
 
 
 def test_generate_takes_an_unfinished_run_and_names_a_wrong_folder(tmp_path):
-    with pytest.raises(ValueError, match="takes the folder of"):
+    with pytest.raises(ValueError, match="takes a `thinkernel demo` folder"):
         load_run_or_base(tmp_path, None)
     trainer = Trainer(tiny_model("deepseek_v32"), tiny_config("deepseek_v32"), folder=tmp_path)
     trainer.save()

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or word problems such as: Ann has 12 pens. She finds 17. She sells 4. She loses 8. How many?"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="a run's folder")
+    source.add_argument("--run", dest="folder", metavar="DIR", type=Path, help="a run's folder")
     source.add_argument("--base", choices=("deepseek_v32", "qwen3"), help="a shipped base model, before training")
     parser.add_argument("--prompt", action="append", required=True, help="what to solve; may be given several times")
     parser.add_argument("--samples", type=_positive, default=4, help="completions of each prompt (default 4)")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     warnings.filterwarnings("ignore", message="thinkernel: .* runs on the reference backend", category=RuntimeWarning)
     try:
-        model = load_run_or_base(args.run, args.base)
+        model = load_run_or_base(args.folder, args.base)
         sampler = Sampler(model, args.max_new_tokens, args.temperature, show_progress=sys.stderr.isatty())
         rollout = sampler.sample(
             [prompt.strip() + "\n" for prompt in args.prompt],
