@@ -154,7 +154,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   const ActiveRows rows(p.target, p.n, p.ignore_index);
   const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D);
   memset(p.logprob, 0, p.n * sizeof(float));
-  memset(p.lse, 0, p.n * sizeof(float));
+  memset(p.lse, 0, p.n * sizeof(double));
   if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
   if (n == 0) return;
   const Head head{p.temperature, p.softcap, !p.bias && p.softcap == 0 && p.temperature == 1};
@@ -210,7 +210,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows.index[r + i];
       const float log_sum = logf(total.s[i]);
-      p.lse[row] = total.m[i] + log_sum;
+      p.lse[row] = (double)total.m[i] + log((double)total.s[i]);
       p.logprob[row] = (target_z[r + i] - total.m[i]) - log_sum;
       if (entropy) p.entropy[row] = log_sum - total.t[i] / total.s[i];
     }
@@ -219,7 +219,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
 
 // What a row's backward needs.
 struct RowGradient {
-  float g_logprob, g_entropy, lse, entropy;
+  float g_logprob, g_entropy, lse, lse_rest, entropy;  // log-sum-exp in two floats
   int64_t column;  // of the target in this tile, or anything outside it
 };
 
@@ -229,7 +229,7 @@ inline void row_gradient(float* row, int64_t cols, const Head& head, const float
   for (int64_t j = 0; j < cols; j += W) {
     vf slope;
     const vf z = to_z(load(row + j), head, load(bias + j), &slope);
-    const vf log_p = z - g.lse, prob = exp(log_p);
+    const vf log_p = (z - g.lse) - g.lse_rest, prob = exp(log_p);
     vf dz = -g.g_logprob * prob;
     if (g.g_entropy != 0) dz -= g.g_entropy * (prob > 0.0f ? prob * (log_p + shift) : prob);
     const int64_t at = g.column - j;
@@ -289,8 +289,9 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = rows.index[r + i];
           const float g_entropy = p.dentropy ? p.dentropy[row] : 0;
+          const float lse = (float)p.lse[row], rest = isfinite(lse) ? (float)(p.lse[row] - lse) : 0;
           row_gradient(tile + i * kBlock, cols, head, bias,
-                       {p.dlogprob[row], g_entropy, p.lse[row], p.dentropy ? p.entropy[row] : 0, p.target[row] - v});
+                       {p.dlogprob[row], g_entropy, lse, rest, p.dentropy ? p.entropy[row] : 0, p.target[row] - v});
         }
         for (int64_t i = 0; dhidden && i < count; i += G::MR)
           G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);
@@ -299,9 +300,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
         if (dbias) {
           float* sums = db + chunk * super + at;
           for (int64_t j = 0; j < cols; j += W) {
-            vf sum = zero();
-            for (int64_t i = 0; i < count; ++i) sum += load(tile + i * kBlock + j);
-            store_n(sums + j, sum, (int)least(W, cols - j));
+            store_n(sums + j, sum_rows(tile + j, kBlock, count, (int)least(W, cols - j)), (int)least(W, cols - j));
           }
         }
       }
@@ -330,9 +329,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       });
     for (int64_t j = 0; dbias && j < width; j += W) {
       const int cols = (int)least(W, width - j);
-      vf sum = zero();
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load_n(db + chunk * super + j, cols);
-      store_n(dbias + v0 + j, sum, cols);
+      store_n(dbias + v0 + j, sum_rows(db + j, super, chunks, cols), cols);
     }
   }
   if (dhidden)

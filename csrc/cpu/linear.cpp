@@ -3,7 +3,7 @@
 //   y[n, o]  = Σ_i x[n, i] W[o, i] + b[o]        along i as gemm.h says
 //   dx[n, i] = Σ_o dy[n, o] W[o, i]              along o
 //   dW[o, i] = Σ_n dy[n, o] x[n, i]              along the rows
-//   db[o]    = Σ_n dy[n, o]                      rows in blocks of 256, block sums in order
+//   db[o]    = Σ_n dy[n, o]                      rows in order, in double
 #include "linear_kernels.h"
 
 #include "matmul.h"
@@ -18,18 +18,11 @@ template <class S> void forward(const LinearForwardParams& p) {
 }
 
 template <class S> void bias_gradient(const LinearBackwardParams& p) {
-  constexpr int64_t kBlock = 256;
   const S* dy = (const S*)p.dy;
   parallel_for(p.threads, (p.out + W - 1) / W, [&](int64_t item, int) {
     const int64_t o = item * W;
     const int cols = (int)least(W, p.out - o);
-    vf total = zero();
-    for (int64_t n0 = 0; n0 < p.n; n0 += kBlock) {
-      vf sum = zero();
-      for (int64_t n = n0; n < least(p.n, n0 + kBlock); ++n) sum += load_n(dy + n * p.dy_stride + o, cols);
-      total += sum;
-    }
-    store_n((S*)p.dbias + o, total, cols);
+    store_n((S*)p.dbias + o, sum_rows(dy + o, p.dy_stride, p.n, cols), cols);
   });
 }
 

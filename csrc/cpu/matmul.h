@@ -43,6 +43,14 @@ inline void write_block(const float* sums, int64_t rows, int64_t cols, int64_t l
     }
 }
 
+// The sum over rows of n <= W neighbouring columns, in double: a chain of float additions loses digits.
+template <class S> inline vf sum_rows(const S* p, int64_t stride, int64_t rows, int n) {
+  typedef double vd __attribute__((vector_size(W * 8)));
+  vd sum = {};
+  for (int64_t r = 0; r < rows; ++r) sum += __builtin_convertvector(load_n(p + r * stride, n), vd);
+  return __builtin_convertvector(sum, vf);
+}
+
 template <class T, class OperandA, class OperandB, class S>
 void matmul(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b, const S* bias, S* c, int64_t c_stride) {
   using G = Gemm<T>;

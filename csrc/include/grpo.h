@@ -20,7 +20,8 @@ struct LinearLogprobForwardParams {
   float softcap;            // > 0, or 0 for none
   float* logprob;           // [N]; 0 where ignored
   float* entropy;           // [N] or null (then its work is saved); 0 where ignored
-  float* lse;               // [N]: log-sum-exp of z, for the backward; 0 where ignored
+  double* lse;              // [N]: log-sum-exp of z, for the backward (rounded to float it would tilt every p of its row
+                            // by up to 5e-7 at lse = 10); 0 where ignored
   int32_t threads;
 };
 
@@ -38,7 +39,7 @@ struct LinearLogprobBackwardParams {
   float softcap;
   const float* dlogprob;    // [N] gradient of logprob
   const float* dentropy;    // [N] gradient of entropy, or null
-  const float* lse;         // [N] from the forward
+  const double* lse;        // [N] from the forward
   const float* entropy;     // [N] from the forward; read only with dentropy
   void* dhidden;            // [N, D] contiguous, or null
   void* dweight;            // [V, D] contiguous, or null

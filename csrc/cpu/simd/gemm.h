@@ -24,7 +24,7 @@
 //
 // Order of summation, the contract: an element of C is the sum over k in one fixed order that depends on K alone,
 // whatever M, N, the element's place in a tile or the caller's split into panels.
-//   float: one chain of FMAs within each block of KB = 256 values of k counted from 0, block sums added in order
+//   float: one chain of FMAs within each block of KB = 128 values of k counted from 0, block sums added in order
 //          (to the old C first when accumulating). Splitting K into calls is the same sum if the cuts are multiples of KB.
 //   bf16:  one chain over pairs of k (TDPBF16PS: subnormals are zero), continued from the old C when accumulating. Splitting
 //          K into calls is the same sum if the cuts are multiples of 32.
@@ -44,7 +44,7 @@ template <class T> struct Gemm;
 
 template <> struct Gemm<float> {
   using Type = float;
-  static constexpr int MR = W == 16 ? 12 : 6, NR = 2 * W, KU = 1, KB = 256;
+  static constexpr int MR = W == 16 ? 12 : 6, NR = 2 * W, KU = 1, KB = 128;
 
   static int64_t padded_k(int64_t K) { return K; }
   static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * K; }
@@ -77,7 +77,7 @@ template <> struct Gemm<float> {
     for (int64_t k = 0; k < K; k += KB) {
       const int64_t kn = least(KB, K - k);
       const bool add = accumulate || k > 0;
-      // A block of a B panel (32 KiB) stays in L1 while the A panels stream past it.
+      // A block of a B panel (16 KiB) stays in L1 while the A panels stream past it.
       for (int64_t n = 0; n < N; n += NR) {
         const float* b = B + n / NR * b_panel + k * NR;
         const int cols = (int)least(NR, N - n);
