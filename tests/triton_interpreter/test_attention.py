@@ -55,7 +55,7 @@ def half_torch(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tens
     """The baseline: attention as PyTorch computes it in the inputs' dtype, weights rounded to it before they meet v."""
     G = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(G, 2).transpose(1, 2) for x in (k, v))  # [B, H, T, .]
-    T, S = k.shape[2], q.shape[2 - 1]
+    S, T = q.shape[1], k.shape[2]
     visible = reference.visible_keys(torch.arange(T - S, T)[None], torch.arange(T), options.get("key_start"), None,
                                      options["causal"], options.get("window"), options.get("chunk"))
     s = (q.transpose(1, 2) @ k.transpose(-1, -2)).float() * options.get("scale", q.shape[-1] ** -0.5)
@@ -125,7 +125,7 @@ DECODE = {
 }
 
 
-@pytest.mark.parametrize("page", [0, 7, 32], ids=["dense", "page 7", "page 32"])
+@pytest.mark.parametrize("page", [0, 7], ids=["dense", "page 7"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DECODE.values(), ids=DECODE.keys())
 def test_decode(case: tuple, dtype: torch.dtype, page: int) -> None:
