@@ -1,0 +1,215 @@
+// One pass over the keys of a split for few query rows, straight from the cache: decode's inner loop.
+//
+//   Stream<St, T>::scores   S[r, k] for kLine keys of one head      Stream<St, T>::values   o[r] += P[r, k] V[k]
+//
+// The same sums in the same order as Gemm's on packed operands, so the bits are prefill's: float transposes W keys in
+// registers and runs the FMA chain of one key per lane; bf16 takes K's rows as they lie for the left operand of
+// S^T = K Q^T (TDPBF16PS treats both operands alike) and interleaves two rows of V for the right operand of P V.
+#pragma once
+
+#include "attention_block.h"
+
+namespace tk::TK_ISA {
+
+inline constexpr int64_t kStreamRows = 16;  // query rows a stream can take
+
+template <class S> inline void prefetch_rows(const S* base, int64_t stride, int64_t width, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < width; d += 64 / (int64_t)sizeof(S)) __builtin_prefetch(base + i * stride + d, 0, 2);
+}
+
+template <class St, class T> struct Stream;
+
+// ------------------------------------------------------------------------------------------------ float
+
+template <class St> struct Stream<St, float> {
+  static bool takes(int64_t) { return true; }
+  static int64_t q_size(int64_t D) { return kStreamRows * D; }
+  static int64_t probs_size() { return 0; }
+  static int64_t o_size(int64_t ldo) { return kStreamRows * ldo * 2; }  // block sums, then the current block's
+  static int64_t buffer_size(int64_t) { return 0; }
+
+  static void pack_q(const St* rows, int64_t count, int64_t D, float* q) {
+    for (int64_t i = 0; i < count * D; i += W) store_n(q + i, load_n(rows + i, (int)(count * D - i)), (int)(count * D - i));
+  }
+
+  static void scores(const St* k, int64_t stride, int64_t D, const float* q, int64_t rows, float* s) {
+    for (int64_t key = 0; key < kLine; key += W, k += W * stride, s += W)
+      for (int64_t r = 0; r < rows;) {
+        const int64_t left = rows - r, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (n == 8) scores_of<8>(k, stride, D, q + r * D, s + r * kLd);
+        else if (n == 4) scores_of<4>(k, stride, D, q + r * D, s + r * kLd);
+        else if (n == 2) scores_of<2>(k, stride, D, q + r * D, s + r * kLd);
+        else scores_of<1>(k, stride, D, q + r * D, s + r * kLd);
+        r += n;
+      }
+  }
+
+  // Keys [at, at + kLine) of the split, of which [first, end) is walked in order; both are multiples of kLine.
+  static void values(const St* v, int64_t stride, int64_t Dv, const float* s, const float*, int64_t rows, int64_t at, int64_t first,
+                     int64_t end, float* o, int64_t ldo, float*) {
+    constexpr int64_t KB = Gemm<float>::KB;
+    float* part = o + kStreamRows * ldo;
+    const bool open = at == first || at % KB == 0;
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = rows - r, n = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (n == 4) values_of<4>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open);
+      else if (n == 2) values_of<2>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open);
+      else values_of<1>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open);
+      r += n;
+    }
+    if (at + kLine != end && (at + kLine) % KB != 0) return;
+    // A summation block is complete: its sum joins that of the block before, if there is one.
+    const bool joins = first / KB < at / KB;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < Dv; d += W) {
+        float* c = o + r * ldo + d;
+        const vf x = load(part + r * ldo + d);
+        store(c, joins ? load(c) + x : x);
+      }
+  }
+  static void finish(float*, int64_t, int64_t) {}
+
+ private:
+  template <int R> static void scores_of(const St* k, int64_t stride, int64_t D, const float* q, float* s) {
+    vf acc[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] = zero();
+    for (int64_t d = 0; d < D; d += W) {
+      vi v[W];
+      if (d + W <= D) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = as_int(load(k + i * stride + d));
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
+      } else {
+        for (int i = 0; i < W; ++i) v[i] = as_int(load_n(k + i * stride + d, (int)(D - d)));
+        transpose(v);
+        for (int64_t i = 0; i < D - d; ++i)
+          for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) store(s + r * kLd, acc[r]);
+  }
+
+  template <int R>
+  static void values_of(const St* v, int64_t stride, int64_t Dv, const float* p, float* part, int64_t ldo, bool open) {
+    int64_t d = 0;
+    for (; d + 4 * W <= Dv; d += 4 * W) {
+      vf acc[R][4];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) acc[r][u] = open ? zero() : load(part + r * ldo + d + u * W);
+      for (int64_t key = 0; key < kLine; ++key) {
+        vf x[4];
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) x[u] = load(v + key * stride + d + u * W);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const vf weight = splat(p[r * kLd + key]);
+#pragma GCC unroll 4
+          for (int u = 0; u < 4; ++u) acc[r][u] = fma(weight, x[u], acc[r][u]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) store(part + r * ldo + d + u * W, acc[r][u]);
+    }
+    for (; d < Dv; d += W) {
+      vf acc[R];
+      for (int r = 0; r < R; ++r) acc[r] = open ? zero() : load(part + r * ldo + d);
+      for (int64_t key = 0; key < kLine; ++key) {
+        const vf x = load_n(v + key * stride + d, (int)least(W, Dv - d));
+        for (int r = 0; r < R; ++r) acc[r] = fma(splat(p[r * kLd + key]), x, acc[r]);
+      }
+      for (int r = 0; r < R; ++r) store(part + r * ldo + d, acc[r]);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ bf16 on AMX
+
+#if defined(__AMX_BF16__)
+template <> struct Stream<bf16, bf16> {
+  using Mm = Gemm<bf16>;
+  static constexpr int64_t kTile = Mm::kTile;
+  // A tile row is 32 values of a key: with any other width it would read past the row.
+  static bool takes(int64_t D) { return D % 32 == 0; }
+  static int64_t q_size(int64_t D) { return Mm::size_b(kStreamRows, D); }
+  static int64_t probs_size() { return Mm::MR * kSplit; }
+  static int64_t o_size(int64_t ldo) { return kStreamRows * ldo; }
+  static int64_t buffer_size(int64_t ldo) { return (kLine * ldo + 4 * kTile) / 2; }  // V of a chunk interleaved, a block of S^T
+
+  static void pack_q(const bf16* rows, int64_t count, int64_t D, bf16* q) { Mm::pack_b(rows, D, count, D, q); }
+
+  static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s) {
+    alignas(64) float block[2][16][16];  // S^T, keys down
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t d = 0; d < D; d += 32, q += 2 * kTile) {
+      _tile_loadd(4, k + d, stride * 2);
+      _tile_loadd(5, k + 16 * stride + d, stride * 2);
+      _tile_loadd(6, q, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    _tile_stored(0, block[0], 64);
+    _tile_stored(1, block[1], 64);
+    for (int t = 0; t < 2; ++t) {
+      vi v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) memcpy(&v[i], block[t][i], 64);
+      transpose(v);
+      for (int64_t r = 0; r < rows; ++r) memcpy(s + r * kLd + t * 16, &v[r], 64);
+    }
+  }
+
+  static void values(const bf16* v, int64_t stride, int64_t Dv, const float*, const bf16* probs, int64_t, int64_t at, int64_t first,
+                     int64_t, float* o, int64_t ldo, float* buffer) {
+    bf16* b = (bf16*)buffer;  // [Dv / 32][2 tiles][16 pairs of keys][16 columns][2], columns in the order of `unpack`
+    for (int64_t d = 0; d < Dv; d += 32)
+      for (int64_t pair = 0; pair < 16; ++pair) {
+        const __mmask32 in = Dv - d >= 32 ? ~0u : (1u << (Dv - d)) - 1;
+        const __m512i even = _mm512_maskz_loadu_epi16(in, v + 2 * pair * stride + d);
+        const __m512i odd = _mm512_maskz_loadu_epi16(in, v + (2 * pair + 1) * stride + d);
+        _mm512_storeu_si512(b + d * 32 + pair * 32, _mm512_unpacklo_epi16(even, odd));
+        _mm512_storeu_si512(b + d * 32 + kTile + pair * 32, _mm512_unpackhi_epi16(even, odd));
+      }
+    _tile_loadd(4, probs + at * Mm::MR, 64);
+    for (int64_t d = 0; d < Dv; d += 32, b += 2 * kTile) {
+      if (at == first) {
+        _tile_zero(0);
+        _tile_zero(1);
+      } else {
+        _tile_loadd(0, o + d, ldo * 4);
+        _tile_loadd(1, o + d + 16, ldo * 4);
+      }
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stored(0, o + d, ldo * 4);
+      _tile_stored(1, o + d + 16, ldo * 4);
+    }
+  }
+
+  // Columns back in order: tile 0 of a group of 32 holds 0-3, 8-11, ..., tile 1 the others.
+  static void finish(float* o, int64_t rows, int64_t ldo) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t r = 0; r < rows; ++r)
+      for (float* x = o + r * ldo; x < o + (r + 1) * ldo; x += 32) {
+        const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+        _mm512_storeu_ps(x, _mm512_permutex2var_ps(a, low, b));
+        _mm512_storeu_ps(x + 16, _mm512_permutex2var_ps(a, high, b));
+      }
+  }
+};
+#endif
+
+}  // namespace tk::TK_ISA
