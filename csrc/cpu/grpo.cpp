@@ -22,7 +22,7 @@ constexpr int64_t kRows = 192;               // rows of a logits tile: a multipl
 constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (forward)
 constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
 constexpr int64_t kMaxSuper = 4 * kStep;
-constexpr int64_t kGradientBytes = 48 << 20; // dy kept at a time, in both layouts together
+constexpr int64_t kGradientBytes = 24 << 20; // dy kept at a time, in both layouts together
 constexpr int64_t kDepth = 256;              // columns of D in a work item of dh and dW
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -321,8 +321,8 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
     // ---- dW = dyᵀ·h
     if (dweight)
       parallel_for(p.threads, depths * ceil_div(width, kRows), [&](int64_t item, int thread) {
-        const int64_t d = item % depths * kDepth, cols = least(kDepth, D - d);
-        const int64_t at = item / depths * kRows, count = least(kRows, width - at);
+        const int64_t d = item / ceil_div(width, kRows) * kDepth, cols = least(kDepth, D - d);  // its h stays in L2
+        const int64_t at = item % ceil_div(width, kRows) * kRows, count = least(kRows, width - at);
         float* tile = tiles + thread * kRows * kBlock;
         G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, kDepth, false);
         write_block(tile, count, cols, kDepth, (const S*)nullptr, dweight + (v0 + at) * D + d, D);

@@ -77,13 +77,18 @@ template <> struct Gemm<float> {
     for (int64_t k = 0; k < K; k += KB) {
       const int64_t kn = least(KB, K - k);
       const bool add = accumulate || k > 0;
-      // A block of a B panel (16 KiB) stays in L1 while the A panels stream past it.
+      // A block of a B panel (16 KiB) stays in L1 while the A panels stream past it; the next block of B is fetched into
+      // L2 meanwhile, a share with each tile.
+      const int64_t lines = M > 4 * MR ? kn * NR / 16 * MR / M + 1 : 0;
       for (int64_t n = 0; n < N; n += NR) {
         const float* b = B + n / NR * b_panel + k * NR;
+        const float* next = n + NR < N ? b + b_panel : B + (k + KB) * NR;
         const int cols = (int)least(NR, N - n);
-        for (int64_t m = 0; m < M; m += MR)
+        for (int64_t m = 0; m < M; m += MR, next += lines * 16) {
+          for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + i * 16, 0, 2);
           tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, b, C + m * ldc + n, ldc, cols, add,
                               n == 0 ? a_panel : 0);
+        }
       }
     }
   }
