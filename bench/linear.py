@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import thinkernel as tk
 import torch
 import torch.nn.functional as F
-
-import thinkernel as tk
 from thinkernel.ops.dispatch import C
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import thinkernel as tk
+import torch
 from thinkernel.ops.dispatch import C
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 GEMM = {torch.float32: 0.37e12, torch.bfloat16: 2.4e12}  # torch's 2048³ matmul on 2 quiet cores of the reference machine
