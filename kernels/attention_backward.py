@@ -254,7 +254,7 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=q.device)
     dsink = torch.empty_like(level) if sinks is not None else None
     wide = any(is_wide(x.stride(1), 128) for x in (q, k, v, out, dout, dq, dk, dv))
-    rows = 16 if configs.INTERPRET else 64
+    rows = 16
     launch(
         _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, dlse, sinks, level, delta, dsink, S, H,
         *out.stride()[:3], *dout.stride()[:3], *lse.stride(), *(dlse.stride() if dlse is not None else (0, 0, 0)),
