@@ -7,8 +7,10 @@ REQUIREMENTS = torch triton "numpy<2.4" einops safetensors tqdm matplotlib trans
 	hypothesis mypy ruff setuptools wheel pybind11 cmake ninja
 export THINKERNEL_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Threads that wait sleep: spinning ones make a step ten times slower when something else runs on the cores.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install build test test-slow lint demo bench cuda-check gpu clean
+.PHONY: install build test test-slow lint demo bench cuda-check cuda-build gpu clean
 
 $(VENV)/.stamp: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +44,11 @@ bench: build
 # Compiles the CUDA sources for every shipped architecture; a register spill is a failure. Needs nvcc, no GPU.
 cuda-check: install
 	$(BIN)/python tools/cuda_check.py
+
+# Builds the module with its CUDA half into build/cuda and imports it; no driver or GPU is needed for that.
+cuda-build: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" THINKERNEL_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
+	$(BIN)/python -c "import sys; sys.path.insert(0, 'build/cuda/thinkernel'); import torch, _C; assert not _C.cuda_left_out; print('CUDA half built:', [n for n in dir(_C) if 'cuda' in n])"
 
 # Everything a GPU machine is for, offline, in stages with time limits; results in $$OUT (default out/).
 gpu:
