@@ -96,7 +96,7 @@ def evaluate(
         yield Result(case, backend, dtype, comparison)
 
 
-def _join(draws: Sequence[Tensor]) -> Tensor:
+def _join(draws: tuple[Tensor, ...]) -> Tensor:
     """[draws, ...]; a vector (a bias's gradient, say) is one row, whatever the number of draws."""
     return torch.stack(draws) if draws[0].dim() > 1 else torch.stack(draws).flatten()
 
