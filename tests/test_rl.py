@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinkernel.models import Transformer
 from thinkernel.rl import checkpoint, tokenizer
+from thinkernel.rl import demo as demo_module
 from thinkernel.rl import trainer as trainer_module
 from thinkernel.rl.demo import DemoSettings, run_demo
 from thinkernel.rl.evaluate import evaluate, majority_at
@@ -41,9 +42,7 @@ def tiny_model(preset: str, seed: int = 0) -> Transformer:
 
 
 def tiny_config(preset: str, **changes) -> TrainConfig:
-    return dataclasses.replace(
-        TrainConfig(preset=preset, steps=3, prompts=3, group=4, max_new_tokens=6, checkpoint_every=1), **changes
-    )
+    return dataclasses.replace(TrainConfig(preset=preset, steps=3, prompts=3, group=4, max_new_tokens=6, checkpoint_every=1), **changes)
 
 
 # ---- the task
@@ -373,6 +372,18 @@ def test_demo_runs_reports_and_generates(preset, tmp_path, capsys):
     assert command.run(parser.parse_args(arguments)) == 0 and capsys.readouterr().out == first
     assert command.run(parser.parse_args([*arguments[:3], "what?"])) == 2
     assert "got 'w' at position 0" in capsys.readouterr().err
+
+
+def test_demo_from_scratch_makes_its_base_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "PretrainConfig", lambda: PretrainConfig(steps=2, batch=4))
+    config = tiny_config("qwen3", steps=1, max_new_tokens=4)
+    settings = DemoSettings(config, tmp_path / "run", 2, 1, from_scratch=True, show_progress=False)
+    run_demo(settings)
+    base = tmp_path / "run" / "base.safetensors"
+    made = base.read_bytes()
+    (tmp_path / "run" / "report.json").unlink()  # as if the run had been killed before its report
+    run_demo(settings)
+    assert base.read_bytes() == made and capsys.readouterr().out.count("base model made") == 1
 
 
 def test_generate_takes_an_unfinished_run_and_names_a_wrong_folder(tmp_path):

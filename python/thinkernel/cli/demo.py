@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="the run's folder (default runs/PRESET-seedSEED)")
     parser.add_argument("--fresh", action="store_true", help="discard what the run's folder holds instead of resuming")
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="pre-train the base model instead of taking the shipped one"
-    )
+    parser.add_argument("--from-scratch", action="store_true", help="pre-train the base model instead of taking the shipped one")
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
 
 
@@ -68,14 +66,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from thinkernel.rl.demo import DemoSettings, run_demo
-    from thinkernel.rl.trainer import TrainConfig
+    from thinkernel.rl.trainer import LEARNING_RATES, TrainConfig
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    chosen = {"prompts": args.prompts, "group": args.group, "learning_rate": args.learning_rate}
-    config = TrainConfig(
-        preset=args.preset, seed=args.seed, steps=args.steps, **{name: v for name, v in chosen.items() if v is not None}
-    )
+    chosen = {"prompts": args.prompts, "group": args.group, "learning_rate": args.learning_rate or LEARNING_RATES[args.preset]}
+    config = TrainConfig(preset=args.preset, seed=args.seed, steps=args.steps, **{name: v for name, v in chosen.items() if v is not None})
     folder = args.out or DEFAULT_RUNS / f"{args.preset}-seed{args.seed}"
     if args.fresh and folder.exists():
         if not (folder / "run.json").exists() and any(folder.iterdir()):

@@ -67,11 +67,13 @@ def _base_model(settings: DemoSettings) -> tuple[Transformer, dict]:
     if settings.from_scratch:
         path = settings.folder / "base.safetensors"
         if not path.exists():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             config = PretrainConfig()
             model = pretrain(preset, config, show_progress=settings.show_progress)
-            seconds = round(time.perf_counter() - start)
-            save_base(model, path, {"preset": preset, "steps": config.steps, "seconds": seconds})
+            took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+            facts = {"preset": preset, "steps": config.steps, **{name: round(value) for name, value in took.items()}}
+            save_base(model, path, facts)
+            print(f"base model made in {took['seconds']:.0f} s: {path}")
     elif not path.exists():
         raise ValueError(f"base model: {path} is missing; use --from-scratch to make it")
     return load_base(path), json.loads(path.with_suffix(".json").read_text())
@@ -118,10 +120,7 @@ def run_demo(settings: DemoSettings) -> dict:
         seed = derive_seed("evaluate", when, config.seed)
         result = evaluate(sampler, held_out, samples=settings.eval_samples, seed=seed, label=f"held-out, {when}")
         votes = ", ".join(f"majority of {k}: {100 * v:.1f} %" for k, v in result.majority.items() if k != "1")
-        print(
-            f"held-out accuracy {when}: {100 * result.accuracy:.1f} %  {votes}  "
-            f"({100 * result.worked:.0f} % written step by step)"
-        )
+        print(f"held-out accuracy {when}: {100 * result.accuracy:.1f} %  {votes}  ({100 * result.worked:.0f} % written step by step)")
         return result.as_dict()
 
     if "before" not in trainer.notes:

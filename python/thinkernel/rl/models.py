@@ -38,6 +38,4 @@ def load_run_or_base(run: Path | None, base: str | None) -> Transformer:
         model = Transformer(ModelConfig.from_dict(state["model_config"]))
         model.load_state_dict(state["model"])
         return model
-    raise ValueError(
-        f"--run: {run} holds neither model.safetensors nor checkpoint.pt; takes a `thinkernel demo` folder"
-    )
+    raise ValueError(f"--run: {run} holds neither model.safetensors nor checkpoint.pt; takes a `thinkernel demo` folder")
