@@ -10,17 +10,16 @@ import subprocess
 import sys
 
 import pytest
+import thinkernel as tk
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-import thinkernel as tk
 from thinkernel.ops.dispatch import C
 from thinkernel.reference import attention as reference
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not hasattr(C, "attention_forward"), reason="the C++ core is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

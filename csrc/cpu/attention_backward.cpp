@@ -1,6 +1,6 @@
 // Attention, backward: dQ, dK, dV (and dsinks) from the forward's lse, without atomics and without an [S, T] buffer.
 //
-//   P = e^(s - L)          L = lse, or logaddexp(lse, sink): recomputed block by block
+//   P = e^(s - L)          L = lse, or logaddexp(lse, sink): recomputed block by block, as gate e^(s - lse)
 //   dS = P o (dO V^T - D') D'_i = <dO_i, O_i> - dlse_i (a sink's gate g = e^(lse - L) divides dlse), softcap: times 1 - (s/c)^2
 //   dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,  dsink = -sum_i e^(sink - L_i) <dO_i, O_i>
 //
@@ -57,12 +57,13 @@ template <class St> struct Backward {
   struct Pair {
     T* q;          // [G, q_blocks] of q_size
     T* k;          // [k_blocks] of k_size
-    float* logit;  // [G, rows] L, as Grad<T> wants it
+    float* logit;  // [G, rows] lse, as Grad<T> wants it
     float* delta;  // [G, rows]
+    float* gate;   // [G, rows]
     QueryRanges seen;  // [rows], and per kGroup of them
   };
   int64_t pair_bytes() const {
-    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 2 * G * rows * 4 +
+    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 3 * G * rows * 4 +
                     QueryRanges::floats(rows, kGroup) * 4, 4096);
   }
   Pair pair_at(char* base) const {
@@ -71,7 +72,8 @@ template <class St> struct Backward {
     x.k = x.q + G * q_blocks * q_size;
     x.logit = (float*)(x.k + k_blocks * k_size);
     x.delta = x.logit + G * rows;
-    x.seen.place((int32_t*)(x.delta + G * rows), rows, kGroup);
+    x.gate = x.delta + G * rows;
+    x.seen.place((int32_t*)(x.gate + G * rows), rows, kGroup);
     return x;
   }
 
@@ -82,15 +84,17 @@ template <class St> struct Backward {
     const int64_t i0 = first_query(b) + block * kQueries, count = most(0, least(kQueries, S - i0)), n = T_ - start(b);
     float* logit = x.logit + g * rows + block * kQueries;
     float* delta = x.delta + g * rows + block * kQueries;
+    float* gate = x.gate + g * rows + block * kQueries;
     for (int64_t r = 0; r < kQueries; ++r) {
-      logit[r] = delta[r] = 0.0f;
+      logit[r] = delta[r] = gate[r] = 0.0f;
       if (r >= count) continue;
       const int64_t i = i0 + r, row = (b * S + i) * p.heads + h;
       const float lse = p.lse[row], dlse = p.dlse ? p.dlse[row] : 0.0f;
       if (lse == -INFINITY) continue;
       const float dot = dot_row(at<St>(p.dout, p.dout_stride, b, i, h), at<St>(p.out, p.out_stride, b, i, h), Dv);
-      const float ungate = p.sinks ? 1.0f + expf(p.sinks[h] - lse) : 1.0f;  // e^(L - lse)
-      logit[r] = Grad<T>::logit(lse + (p.sinks ? logf(ungate) : 0.0f));
+      const float ungate = p.sinks ? 1.0f + expf(p.sinks[h] - lse) : 1.0f;  // 1 / gate = e^(L - lse)
+      logit[r] = Grad<T>::logit(lse);
+      gate[r] = 1.0f / ungate;
       delta[r] = dot - (dlse == 0.0f ? 0.0f : dlse * ungate);
     }
     if (g == 0) x.seen.fill(p, block * kQueries, kQueries, count, i0 + T_ - S - start(b), n, kGroup);
@@ -147,6 +151,7 @@ template <class St> struct Backward {
     o.key = o.v_down + v_down;
     o.logit = x.logit + g * rows + qb * kQueries;
     o.delta = x.delta + g * rows + qb * kQueries;
+    o.gate = p.sinks ? x.gate + g * rows + qb * kQueries : nullptr;
     o.seen = x.seen.from(qb * kQueries, kGroup);
     scratch.run(transform, o, dk, dv, dq, dq_started);
   }

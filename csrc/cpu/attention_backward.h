@@ -1,6 +1,6 @@
 // One block of queries against one block of keys in attention's backward: five products and the elementwise middle.
 //
-//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = e^(scale S^T - L), dS^T = P^T (dP^T - D'), then
+//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = gate e^(scale S^T - lse), dS^T = P^T (dP^T - D'), then
 //   dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K, by panels of kPanel keys and groups of kGroup queries.
 // Panels and groups that see nothing of each other are skipped; what they would add is zero.
 #pragma once
@@ -52,19 +52,21 @@ template <class T> struct BlockOperands {
   const T *o_across, *o_down;  // [Dv, queries], [queries, Dv] right operands: dO
   const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
   const T* key;                // K for dQ
-  const float *logit, *delta;  // [queries] L (times log2(e) for bf16), D'
+  const float *logit, *delta;  // [queries] lse (times log2(e) for bf16), D'
+  const float* gate;           // [queries] what a sink leaves of a row; null without sinks
   QueryRanges seen;
 };
 
-// p and dS of W scores. Float takes e^(scale s - L), whose argument is rounded once and is small where p is not; the
-// two roundings of 2^(c s - log2(e) L) cost 2 ulp more at |L| = 4, which bf16 does not notice.
+// p and dS of W scores. Float takes e^(scale s - lse), whose argument is rounded once and is small where p is not; the
+// two roundings of 2^(c s - log2(e) lse) cost 2 ulp more at |lse| = 4, which bf16 does not notice.
 template <class T> struct Grad {
   static constexpr bool natural = sizeof(T) == 4;
   const Transform& f;
   vf c;
   explicit Grad(const Transform& transform) : f(transform), c(splat(natural ? transform.factor : transform.c)) {}
   static float logit(float lse) { return natural ? lse : lse * kLog2e; }
-  void operator()(vf s, vf dp, vf l, vf delta, vf* p, vf* ds) const {
+  // gate: multiplied onto p, if there is one (rather than into lse, which would be rounded once more).
+  void operator()(vf s, vf dp, vf l, vf delta, const vf* gate, vf* p, vf* ds) const {
     vf slope = splat(1.0f);
     if (!f.plain) {
       s = f.apply(s);
@@ -75,6 +77,7 @@ template <class T> struct Grad {
     }
     const vf t = fma(s, c, -l);
     *p = natural ? exp(t) : exp2_fast(t);
+    if (gate) *p = *p * *gate;
     *ds = *p * (dp - delta);
     if (!f.plain) *ds = *ds * slope;
   }
@@ -152,13 +155,13 @@ template <> struct GradBlock<float> {
     const int64_t j0 = o.first_key + k0;
     const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
     for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
-      const vf logit = load(o.logit + q), delta = load(o.delta + q);
+      const vf logit = load(o.logit + q), delta = load(o.delta + q), gate = o.gate ? load(o.gate + q) : zero();
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
-        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, delta, &p, &d);
+        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, delta, o.gate ? &gate : nullptr, &p, &d);
         if (!whole) {
           const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
           p = select(in, p, zero()), d = select(in, d, zero());
@@ -252,6 +255,8 @@ template <> struct GradBlock<bf16> {
   template <bool whole>
   void elements(const Grad<bf16>& grad, const BlockOperands<bf16>& o, int64_t g, int64_t q, int64_t k0, int64_t j0) {
     const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)}, delta[2] = {load(o.delta + q), load(o.delta + q + W)};
+    vf gate[2] = {};
+    if (o.gate) gate[0] = load(o.gate + q), gate[1] = load(o.gate + q + W);
     vi lo[2], hi[2];
     memcpy(lo, o.seen.lo + q, sizeof lo);
     memcpy(hi, o.seen.hi + q, sizeof hi);
@@ -262,7 +267,7 @@ template <> struct GradBlock<bf16> {
         vf p[2], d[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
-          grad(load(s + at), load(dp + at), logit[u], delta[u], p + u, d + u);
+          grad(load(s + at), load(dp + at), logit[u], delta[u], o.gate ? gate + u : nullptr, p + u, d + u);
           if (!whole) {
             const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
             p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());

@@ -2,11 +2,11 @@
 // and the merge of splits.
 //
 // Canonical order, the reason why a row's bits depend on that row alone: keys are counted from the first valid one and
-// cut into splits of kSplit. Inside a split a row's maximum m is taken over all its visible scores, p = 2^(c s - m) is
+// cut into splits of kSplit. Inside a split a row's maximum m is taken over all its visible scores, p = 2^(c (s - m)) is
 // computed once, l = sum p runs over fixed lanes, and o = p V is one product; nothing is rescaled. Splits are merged in
 // ascending order by merge_row. Masked keys add exact zeros, so skipping blocks of them moves no bits, and decode,
 // which computes splits in parallel and merges them afterwards, gives the bits of prefill.
-// Scores are kept in units of log2: c = scale * log2(e), so that one FMA prepares the exponential.
+// m stays a score, unscaled: s - m is exact at the maximum, so one visible key gives o = v exactly. c = scale * log2(e).
 #pragma once
 
 #include "attention.h"
@@ -18,7 +18,7 @@ namespace tk::TK_ISA {
 inline constexpr int kSplit = 512;        // keys
 inline constexpr int kLine = 32;          // keys the softmax handles at a time; a multiple of every W and of Gemm's NR
 inline constexpr int kLd = kSplit + 16;   // row stride of a block of scores: not a power of two, rows fall in different sets
-inline constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kNoScore = -1e30f;  // below every real score: the maximum of a row that saw only -inf or NaN
 
 struct Range {
@@ -109,7 +109,7 @@ template <> struct Probs<bf16> {
 #endif
 
 // One row r of a block: scores[r][lo:hi) of a split -> probabilities over [k0, k1), zeros outside [lo, hi);
-// returns the maximum (in log2 units) and the sum. k0 and k1 are multiples of kLine, 0 <= k0 <= lo < hi <= k1.
+// returns the maximum and the sum. k0 and k1 are multiples of kLine, 0 <= k0 <= lo < hi <= k1.
 template <class T>
 inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, int64_t lo, int64_t hi, int64_t k0,
                         int64_t k1, float* m, float* l) {
@@ -135,15 +135,15 @@ inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, 
     }
   }
   for (int u = 1; u < U; ++u) top[0] = max(top[u], top[0]);
-  const float maximum = reduce_max(top[0]) * f.c;
+  const float maximum = reduce_max(top[0]);
 
-  const vf c = splat(f.c), minus = splat(-maximum);
+  const vf c = splat(f.c), shift = splat(maximum);
   vf sum[U], x[U];
   for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
   for (int64_t k = k0; k < first; k += kLine) Probs<T>::put(scores, probs, r, k, x);
   for (int64_t k = first; k < last; k += kLine) {
     for (int u = 0; u < U; ++u) {
-      x[u] = exp2_fast(fma(load(s + k + u * W), c, minus));
+      x[u] = exp2_fast((load(s + k + u * W) - shift) * c);
       if (edge(k)) x[u] = select(inside(k + u * W), x[u], zero());
       sum[u] += x[u];
     }
@@ -164,9 +164,9 @@ template <class T> inline void blank_row(float* scores, T* probs, int64_t r, int
 }
 
 // (m, l, o) += (ms, ls, os): the running result of a row takes in the next split. Starts from (-inf, 0, 0).
-inline void merge_row(float* m, float* l, float* o, float ms, float ls, const float* os, int64_t value_dim) {
+inline void merge_row(const Transform& f, float* m, float* l, float* o, float ms, float ls, const float* os, int64_t value_dim) {
   const float both = ms > *m ? ms : *m;
-  const vf a = *m == -INFINITY ? zero() : exp2_fast(splat(*m - both)), b = exp2_fast(splat(ms - both));
+  const vf a = *m == -INFINITY ? zero() : exp2_fast(splat((*m - both) * f.c)), b = exp2_fast(splat((ms - both) * f.c));
   *l = fma(splat(ls), b, splat(*l) * a)[0];
   *m = both;
   for (int64_t d = 0; d < value_dim; d += W) {
@@ -175,18 +175,17 @@ inline void merge_row(float* m, float* l, float* o, float ms, float ls, const fl
   }
 }
 
-// o / l into the output's dtype, and lse = ln 2 * m + ln l. `sink` is null or the head's sink logit.
+// o / l into the output's dtype, and lse = scale * m + ln l. `sink` is null or the head's sink logit.
 template <class S>
-inline void finish_row(float m, float l, const float* o, int64_t value_dim, const float* sink, S* out, float* lse) {
+inline void finish_row(const Transform& f, float m, float l, const float* o, int64_t value_dim, const float* sink, S* out, float* lse) {
   if (m == -INFINITY) {
     for (int64_t d = 0; d < value_dim; ++d) out[d] = from_float<S>(0.0f);
     *lse = -INFINITY;
     return;
   }
-  *lse = fma(splat(m), splat(kLn2), splat(logf(l)))[0];
-  float factor = 1.0f / l;
-  if (sink) factor /= 1.0f + expf(*sink - *lse);
-  for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) * factor, (int)(value_dim - d));
+  *lse = fma(splat(m), splat(f.factor), splat(logf(l)))[0];
+  const float divisor = sink ? l * (1.0f + expf(*sink - *lse)) : l;
+  for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) / divisor, (int)(value_dim - d));
 }
 
 template <class S> inline const S* at(const void* base, const int64_t stride[3], int64_t b, int64_t s, int64_t h) {

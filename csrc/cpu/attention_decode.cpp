@@ -82,10 +82,11 @@ template <class St> struct Decode {
     }
     k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
 
+    St* q_rows = (St*)scores;  // [rows, D] pass through the scores' place: D <= 256 < kLd
     for (int64_t h = h0; h < h1; ++h) {
       for (int64_t r = 0; r < rows; ++r)
-        memcpy((void*)((St*)buffer_rows(scores) + r * D), at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), D * sizeof(St));
-      Pass::pack_q((St*)buffer_rows(scores), rows, D, (T*)(q + (h - h0) * q_floats()));
+        memcpy((void*)(q_rows + r * D), at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), D * sizeof(St));
+      Pass::pack_q(q_rows, rows, D, (T*)(q + (h - h0) * q_floats()));
     }
     int64_t step;
     for (int64_t k = k0; k < k1; k += kLine)
@@ -116,8 +117,6 @@ template <class St> struct Decode {
       memcpy(partial + h * apart + round_up(2 * rows, 16), o + h * Pass::o_size(ldo), rows * ldo * sizeof(float));
     }
   }
-  // The rows of q pass through the scores' place: [rows, D] of them fit, D <= 256 < kLd.
-  static void* buffer_rows(float* scores) { return scores; }
 
   void merge(int64_t b, int64_t kv_head, const float* partials, int64_t count, float* o) const {
     for (int64_t r = 0; r < rows; ++r) {
@@ -125,10 +124,10 @@ template <class St> struct Decode {
       memset(o, 0, ldo * sizeof(float));
       for (int64_t i = 0; i < count; ++i) {
         const float* x = partials + i * partial_floats();
-        if (x[r] != -INFINITY) merge_row(&m, &l, o, x[r], x[rows + r], x + round_up(2 * rows, 16) + r * ldo, ldo);
+        if (x[r] != -INFINITY) merge_row(transform, &m, &l, o, x[r], x[rows + r], x + round_up(2 * rows, 16) + r * ldo, ldo);
       }
       const int64_t i = r % S, h = kv_head * G + r / S;
-      finish_row(m, l, o, Dv, p.sinks ? p.sinks + h : nullptr, at<St>(p.out, p.out_stride, b, i, h),
+      finish_row(transform, m, l, o, Dv, p.sinks ? p.sinks + h : nullptr, at<St>(p.out, p.out_stride, b, i, h),
                  p.lse + (b * S + i) * p.heads + h);
     }
   }

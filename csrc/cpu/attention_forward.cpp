@@ -84,12 +84,12 @@ template <class St> struct Forward {
         if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k + split * k_split, v + split * v_split)) continue;
         for (int64_t i = 0; i < here; ++i)
           if (block.ms[i] != -INFINITY)
-            merge_row(m + r + i, l + r + i, x.o + (r + i) * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
+            merge_row(block.transform, m + r + i, l + r + i, x.o + (r + i) * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = (r0 + r) % S, h = kv_head * G + (r0 + r) / S;
-      finish_row(m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr, at<St>(io.out, io.out_stride, b, i, h),
+      finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr, at<St>(io.out, io.out_stride, b, i, h),
                  io.lse + (b * S + i) * p.heads + h);
     }
   }
