@@ -68,8 +68,9 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], float("-inf"), tl.float32)
     acc, total, peak = attend(
-        acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0,
-        scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
+        k_base, 0, 0, 0, scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0,
+        LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
 
     # Normalise and write.
     sink = 0.0
@@ -137,9 +138,9 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
         if PAGE > 0:
             table = table_ptr + b * stride_table
         acc, total, peak = attend(
-            acc, total, peak, q, q_rest, p, tl.maximum(first, split * per_split), tl.minimum(last, (split + 1) * per_split), whole_first, whole_last,
-            0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages, scale, softcap, left, right, chunk,
-            N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            acc, total, peak, q, q_rest, p, tl.maximum(first, split * per_split), tl.minimum(last, (split + 1) * per_split),
+            whole_first, whole_last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
+            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
 
         # Write the result, or the split.
         value = tl.arange(0, BLOCK_DV)
@@ -229,14 +230,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     launch(
         _forward_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, out, lse, key_start, sinks, S, T, H, H // Hkv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride(), float(scale), float(softcap or 0.0), *bounds,
-        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n, SPLIT=configs.key_split(), SPLITS=T > configs.key_split(),
-        **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None, KEY_START=key_start is not None,
-        WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)), warps=tile.warps, stages=tile.stages, device=q.device)
+        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n,
+        SPLIT=configs.key_split(), SPLITS=T > configs.key_split(), **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None,
+        KEY_START=key_start is not None, WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
+        warps=tile.warps, stages=tile.stages, device=q.device)
 
 
-def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None,
-                     causal: bool = True, scale: float | None = None, window: tuple[int, int] | None = None, chunk: int | None = None,
-                     softcap: float | None = None, sinks: Tensor | None = None) -> None:
+def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, *, seqlens: Tensor,
+                     block_table: Tensor | None = None, causal: bool = True, scale: float | None = None,
+                     window: tuple[int, int] | None = None, chunk: int | None = None, softcap: float | None = None,
+                     sinks: Tensor | None = None) -> None:
     """q [B,Sq,H,D] over a cache [B,T,Hkv,D] or pages [P,page,Hkv,D] -> out [B,Sq,H,Dv], lse [B,Sq,H] float32, both given.
 
     seqlens [B] int32 counts the Sq new keys; block_table [B, max_pages] int32. Nothing past a sequence's end is read,
@@ -269,5 +272,6 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, l
         warps=tile.warps, stages=tile.stages, device=q.device)
     if not single:
         launch(
-            _merge_kernel, (B * Sq * H,), part, total, peak, out, lse, seqlens, sinks, Sq, H, capacity, n_splits, *out.stride()[:3], *lse.stride(),
-            DV=Dv, BLOCK_DV=block_dv, SPLIT=split, SINKS=sinks is not None, warps=1, stages=1, device=q.device)
+            _merge_kernel, (B * Sq * H,), part, total, peak, out, lse, seqlens, sinks, Sq, H, capacity, n_splits,
+            *out.stride()[:3], *lse.stride(), DV=Dv, BLOCK_DV=block_dv, SPLIT=split, SINKS=sinks is not None,
+            warps=1, stages=1, device=q.device)

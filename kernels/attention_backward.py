@@ -147,13 +147,15 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
             if REST_D > 0:
                 q_rest = load_tile(q_at, stride_qs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
                 s = dot(k_rest, tl.trans(q_rest), s)
-            dout = load_tile(dout_base + g * stride_gh + m0.to(tl.int64) * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
+            dout_at = dout_base + g * stride_gh + m0.to(tl.int64) * stride_gs
+            dout = load_tile(dout_at, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
             dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
             level = tl.load(level_base + g * S + row, mask=row < S, other=float("inf"))
             delta = tl.load(delta_base + g * S + row, mask=row < S, other=0.0)
             s, slope = capped(s, scale, softcap, SOFTCAP)
             if (block < whole_first) | (block >= whole_last):
-                s = tl.where(visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
+                seen = visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK)
+                s = tl.where(seen, s, float("-inf"))
             p = _weights(s, level[None, :], scale, SOFTCAP, q.dtype == tl.float32)
             dv = dot(p.to(dout.dtype), dout, dv)
             ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)

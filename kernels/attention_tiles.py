@@ -109,7 +109,8 @@ def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b):
 def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first, whole_last, key_start, key_end,
            k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages, scale, softcap, left, right, chunk,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-           PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+           PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+           SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
     """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M] in units of log 2.
 
     Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops

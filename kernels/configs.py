@@ -6,8 +6,9 @@ Legend: Tile(m query rows, n keys, warps, stages); Product(m rows, n columns, k 
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -82,12 +83,30 @@ ATTENTION_BACKWARD_Q = {
 # "running" continues a float32 result, whose tile is held beside the new one while loading. A row's bits are those of one
 # chain of fused multiply-adds over k and do not depend on the choice.
 PRODUCT = {
-    ("sm_80", "half"): {"many": Product(128, 128, 32, 8, 4, 8), "running": Product(128, 128, 32, 8, 3, 8), "few": Product(16, 64, 64, 4, 4, 1)},
-    ("sm_90", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1)},
-    ("sm_100", "half"): {"many": Product(128, 256, 64, 8, 3, 16), "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1)},
-    ("sm_80", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
-    ("sm_90", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
-    ("sm_100", "float"): {"many": Product(64, 64, 16, 8, 3, 8), "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1)},
+    ("sm_80", "half"): {
+        "many": Product(128, 128, 32, 8, 4, 8),
+        "running": Product(128, 128, 32, 8, 3, 8), "few": Product(16, 64, 64, 4, 4, 1),
+    },
+    ("sm_90", "half"): {
+        "many": Product(128, 256, 64, 8, 3, 16),
+        "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1),
+    },
+    ("sm_100", "half"): {
+        "many": Product(128, 256, 64, 8, 3, 16),
+        "running": Product(128, 128, 64, 8, 4, 16), "few": Product(64, 32, 128, 4, 4, 1),
+    },
+    ("sm_80", "float"): {
+        "many": Product(64, 64, 16, 8, 3, 8),
+        "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1),
+    },
+    ("sm_90", "float"): {
+        "many": Product(64, 64, 16, 8, 3, 8),
+        "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1),
+    },
+    ("sm_100", "float"): {
+        "many": Product(64, 64, 16, 8, 3, 8),
+        "running": Product(64, 64, 16, 8, 3, 8), "few": Product(16, 32, 32, 4, 3, 1),
+    },
 }
 
 # linear_logprob: the same products with a log-sum-exp ("forward") or the logits' gradient ("backward") as epilogue.
@@ -104,7 +123,7 @@ LOGPROB = {
 VOCABULARY_SPLIT = 2048
 DLOGITS_BYTES = 128 * 1024 * 1024
 
-_INTERPRETER_TILE = Tile(32, 32, 1, 1)
+_INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
 

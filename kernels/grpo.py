@@ -56,8 +56,9 @@ def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, tota
         moment = tl.zeros([BLOCK_M], tl.float32)
         chosen = tl.zeros([BLOCK_M], tl.float32)
         for v0 in range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_N):
-            acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + tl.cast(v0, tl.int64) * stride_wv,
-                              live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
+            acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm,
+                              w_ptr + tl.cast(v0, tl.int64) * stride_wv, live - m0, V - v0, D, stride_hm, 1, stride_wv, 1,
+                              BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
             z, _ = _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, BLOCK_N, BIAS, SOFTCAP)
             column = v0 + tl.arange(0, BLOCK_N)
             chosen += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
@@ -141,8 +142,9 @@ def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse
     if m0 < live:
         row = m0 + tl.arange(0, BLOCK_M)
         v0 = first + n_block * BLOCK_N
-        acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm, w_ptr + v0.to(tl.int64) * stride_wv,
-                          live - m0, V - v0, D, stride_hm, 1, stride_wv, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
+        acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm,
+                          w_ptr + v0.to(tl.int64) * stride_wv, live - m0, V - v0, D, stride_hm, 1, stride_wv, 1,
+                          BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
         place = tl.load(order_ptr + row, mask=row < live, other=0)
         target = tl.load(target_ptr + row, mask=row < live, other=-1).to(tl.int32)
         lse = tl.load(lse_ptr + place)
@@ -158,13 +160,16 @@ def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse
         local = tl.arange(0, BLOCK_M)[:, None] * stride_dy + tl.arange(0, HALF)[None, :]
         inside = n_block * BLOCK_N + tl.arange(0, HALF)
         dy_at = dy_ptr + m0.to(tl.int64) * stride_dy + n_block * BLOCK_N
-        dy = _gradient(left, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap, HALF, BIAS, SOFTCAP, ENTROPY)
+        dy = _gradient(left, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
+                       HALF, BIAS, SOFTCAP, ENTROPY)
         tl.store(dy_at + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside < columns)[None, :])
-        dy = _gradient(right, bias_ptr, v0 + HALF, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap, HALF, BIAS, SOFTCAP, ENTROPY)
+        dy = _gradient(right, bias_ptr, v0 + HALF, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
+                       HALF, BIAS, SOFTCAP, ENTROPY)
         tl.store(dy_at + HALF + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside + HALF < columns)[None, :])
 
 
-def covers(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, keep_logits: bool = False, group: object | None = None) -> str | None:
+def covers(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, keep_logits: bool = False,
+           group: object | None = None) -> str | None:
     """Why linear_logprob's kernels cannot take this call, naming the argument; None if they can."""
     for name, x in (("hidden", hidden), ("weight", weight)):
         if x.dtype not in DTYPES:
@@ -193,8 +198,9 @@ def _live_first(hidden: Tensor, target: Tensor, V: int, ignore_index: int) -> tu
     return hidden.index_select(0, order), target.index_select(0, order), order, live
 
 
-def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logprob: Tensor, entropy: Tensor | None, lse: Tensor, *,
-                           temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100) -> None:
+def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logprob: Tensor,
+                           entropy: Tensor | None, lse: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
+                           ignore_index: int = -100) -> None:
     """hidden [N,D], weight [V,D], target [N], bias [V] or None -> logprob, entropy (may be None), lse [N] float32, given.
 
     Ignored rows get 0, 0, 0. Extra memory: 3 floats per row and vocabulary split, and the reordered hidden.
@@ -208,9 +214,10 @@ def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias:
     peak, total, moment = torch.empty((3, n_splits, N), dtype=torch.float32, device=hidden.device)
     chosen = torch.empty(N, dtype=torch.float32, device=hidden.device)
     launch(
-        _forward_kernel, (triton.cdiv(N, tile.m) * n_splits,), h, weight, bias, chosen_target, live, peak, total, moment, chosen, N, D, V, n_splits,
-        h.stride(0), weight.stride(0), 1.0 / temperature, float(softcap or 0.0), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
-        SPLIT=split, EVEN_K=D % tile.k == 0, BIAS=bias is not None, SOFTCAP=bool(softcap), WIDE=is_wide(weight.stride(0), tile.n),
+        _forward_kernel, (triton.cdiv(N, tile.m) * n_splits,), h, weight, bias, chosen_target, live, peak, total, moment, chosen,
+        N, D, V, n_splits, h.stride(0), weight.stride(0), 1.0 / temperature, float(softcap or 0.0),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, SPLIT=split,
+        EVEN_K=D % tile.k == 0, BIAS=bias is not None, SOFTCAP=bool(softcap), WIDE=is_wide(weight.stride(0), tile.n),
         warps=tile.warps, stages=tile.stages, device=hidden.device)
     launch(
         _merge_kernel, (triton.cdiv(N, 128),), peak, total, moment, chosen, order, live, logprob, entropy, lse, N, n_splits,
@@ -218,8 +225,8 @@ def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias:
 
 
 def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lse: Tensor, entropy: Tensor | None,
-                            dlogprob: Tensor, dentropy: Tensor | None, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *,
-                            temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
+                            dlogprob: Tensor, dentropy: Tensor | None, dhidden: Tensor | None, dweight: Tensor | None,
+                            dbias: Tensor | None, *, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
                             buffer_bytes: int | None = None) -> None:
     """Fills those of dhidden [N,D], dweight [V,D], dbias [V] that are given, from dlogprob [N] and dentropy [N] (or None), float32.
 
@@ -245,8 +252,9 @@ def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias
     for first in range(0, V, step):
         columns = min(step, V - first)
         launch(
-            _dlogits_kernel, (triton.cdiv(N, tile.m) * triton.cdiv(columns, tile.n),), h, weight, bias, chosen_target, order, live, lse, entropy,
-            dlogprob, dentropy, dy, N, D, V, first, columns, h.stride(0), weight.stride(0), step, 1.0 / temperature, float(softcap or 0.0),
+            _dlogits_kernel, (triton.cdiv(N, tile.m) * triton.cdiv(columns, tile.n),), h, weight, bias, chosen_target, order, live,
+            lse, entropy, dlogprob, dentropy, dy, N, D, V, first, columns, h.stride(0), weight.stride(0), step,
+            1.0 / temperature, float(softcap or 0.0),
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, EVEN_K=D % tile.k == 0, BIAS=bias is not None,
             SOFTCAP=bool(softcap), ENTROPY=dentropy is not None, WIDE=is_wide(weight.stride(0), tile.n),
             warps=tile.warps, stages=tile.stages, device=hidden.device)

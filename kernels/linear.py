@@ -60,19 +60,23 @@ def add_product(acc, x_ptr, w_ptr, rows_left, columns_left, K, stride_xm, stride
         row = tl.minimum(row, rows_left - 1)
     if CLAMP_W:
         column = tl.minimum(column, columns_left - 1)
-    depth_x = depth
+    at = depth
+    x_step = BLOCK_K * stride_xk
+    w_step = BLOCK_K * stride_wk
     if WIDE:
         row = row.to(tl.int64)
         column = column.to(tl.int64)
-        depth_x = depth.to(tl.int64)
-    x_at = x_ptr + row[:, None] * stride_xm + depth_x[None, :] * stride_xk
-    w_at = w_ptr + column[:, None] * stride_wn + depth_x[None, :] * stride_wk
+        at = depth.to(tl.int64)
+        x_step = tl.cast(stride_xk, tl.int64) * BLOCK_K
+        w_step = tl.cast(stride_wk, tl.int64) * BLOCK_K
+    x_at = x_ptr + row[:, None] * stride_xm + at[None, :] * stride_xk
+    w_at = w_ptr + column[:, None] * stride_wn + at[None, :] * stride_wk
     for k0 in range(0, K, BLOCK_K):
         x = _load_operand(x_at, row_inside, depth, K - k0, CLAMP_X, EVEN_K)  # [BLOCK_M, BLOCK_K]
         w = _load_operand(w_at, column_inside, depth, K - k0, CLAMP_W, EVEN_K)  # [BLOCK_N, BLOCK_K]
         acc = dot(x, tl.trans(w), acc)
-        x_at += BLOCK_K * stride_xk
-        w_at += BLOCK_K * stride_wk
+        x_at += x_step
+        w_at += w_step
     return acc
 
 
@@ -80,7 +84,8 @@ def add_product(acc, x_ptr, w_ptr, rows_left, columns_left, K, stride_xm, stride
 def _product_kernel(x_ptr, w_ptr, bias_ptr, acc_ptr, out_ptr, rows_ptr, live_ptr, M, N, K,
                     stride_xm, stride_xk, stride_wn, stride_wk, stride_am, stride_om, stride_on,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-                    BIAS: tl.constexpr, CONTINUE: tl.constexpr, SCATTER: tl.constexpr, LIVE: tl.constexpr, CLAMP_X: tl.constexpr, CLAMP_W: tl.constexpr, WIDE: tl.constexpr):
+                    BIAS: tl.constexpr, CONTINUE: tl.constexpr, SCATTER: tl.constexpr, LIVE: tl.constexpr, CLAMP_X: tl.constexpr,
+                    CLAMP_W: tl.constexpr, WIDE: tl.constexpr):
     """out[m, n] = acc[m, n] + Σ_k x[m, k]·w[n, k] + bias[n]; acc (CONTINUE) is the float32 result of the k before these.
 
     SCATTER: row m goes to row rows[m] of out. LIVE: 0 takes everything; 1 takes rows < live[0] and gives 0 for the
@@ -145,7 +150,8 @@ def product(x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = Non
         out.stride(0), out.stride(1), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
         EVEN_K=K % tile.k == 0 and live_depth is None, BIAS=bias is not None, CONTINUE=continue_from is not None, SCATTER=rows is not None,
         LIVE=1 if live_rows is not None else 2 if live_depth is not None else 0,
-        CLAMP_X=x.stride(1) == 1 or x.stride(0) != 1, CLAMP_W=weight.stride(1) == 1 or weight.stride(0) != 1, WIDE=is_wide(x_steps, 2) or is_wide(w_steps, 2),
+        CLAMP_X=x.stride(1) == 1 or x.stride(0) != 1, CLAMP_W=weight.stride(1) == 1 or weight.stride(0) != 1,
+        WIDE=is_wide(x_steps, 2) or is_wide(w_steps, 2),
         warps=tile.warps, stages=tile.stages, device=x.device)
 
 

@@ -1,7 +1,7 @@
 """Every Triton kernel at every shipped configuration compiles for sm_80, sm_90 and sm_100: fits shared memory, spills nothing.
 
-The default run takes sm_90 at the usual head dim; the full table is marked slow. The same kernels must really use Hopper's wgmma
-for float16 and bfloat16, and IEEE float32 (no tf32) for float32.
+The default run takes Hopper at head dim 128; the full table is marked slow. The same kernels must really use Hopper's wgmma for
+float16 and bfloat16, and IEEE float32 (no tf32) for float32.
 """
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from thinkernel.kernels import configs
 
 pytestmark = pytest.mark.skipif(configs.INTERPRET, reason="the interpreter replaces the compiler")
 
-HALF, FLOAT = torch.bfloat16, torch.float32
-HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]
+HALF, HALF16, FLOAT = torch.bfloat16, torch.float16, torch.float32
+HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]  # one for each width of the attention tables
 ROW_KERNELS = ("_rows_kernel", "_merge_kernel")  # no matrix product in these
 
 
-def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> None:
+def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> list[aot.Compiled]:
     found = aot.compile_launches(arch, call)
     assert found
     for kernel in found:
@@ -29,17 +29,23 @@ def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> None:
         assert "tf32" not in kernel.ptx, f"{name}: tf32 in the PTX"
         if arch == "sm_90" and dtype != FLOAT and kernel.kernel not in ROW_KERNELS:
             assert "wgmma" in kernel.ptx, f"{name}: no wgmma in the PTX"
+    return found
 
 
 def attention_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
+    padding = torch.zeros(1, dtype=torch.int32)
+    everything = dict(window=(100, -1), softcap=20.0, sinks=torch.zeros(8), chunk=300)
     return {
         "forward": aot.attention_forward_call(dtype, D, Dv),
-        "forward one split": aot.attention_forward_call(dtype, D, Dv, T=1000),
-        "forward padded": aot.attention_forward_call(dtype, D, Dv, key_start=torch.zeros(1, dtype=torch.int32)),
         "backward": aot.attention_backward_call(dtype, D, Dv, dlse=torch.zeros(1, 512, 8)),
-        "backward padded": aot.attention_backward_call(dtype, D, Dv, key_start=torch.zeros(1, dtype=torch.int32)),
         "decode": aot.attention_decode_call(dtype, D, Dv),
         "decode paged": aot.attention_decode_call(dtype, D, Dv, paged=True),
+        "forward one split": aot.attention_forward_call(dtype, D, Dv, T=1000),
+        "forward padded": aot.attention_forward_call(dtype, D, Dv, key_start=padding),
+        "backward padded": aot.attention_backward_call(dtype, D, Dv, key_start=padding),
+        "forward everything": aot.attention_forward_call(dtype, D, Dv, key_start=padding, **everything),
+        "backward everything": aot.attention_backward_call(dtype, D, Dv, key_start=padding, dsinks=torch.zeros(8), **everything),
+        "decode everything": aot.attention_decode_call(dtype, D, Dv, paged=True, **everything),
     }
 
 
@@ -47,22 +53,21 @@ def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     return {
         "logprob forward": aot.logprob_forward_call(dtype),
         "logprob backward": aot.logprob_backward_call(dtype),
+        "logprob forward, softcap": aot.logprob_forward_call(dtype, softcap=20.0),
+        "logprob backward, softcap": aot.logprob_backward_call(dtype, softcap=20.0),
         "linear": aot.linear_call(dtype, 512),
         "linear, few rows": aot.linear_call(dtype, 16),
         "linear, transposed": aot.linear_call(dtype, 512, transposed=True),
     }
 
 
-QUICK = [(name, HALF) for name in attention_calls(HALF, 128, 128) if "padded" not in name and "one" not in name]
-
-
-@pytest.mark.parametrize("name", [name for name, _ in QUICK])
+@pytest.mark.parametrize("name", ["forward", "backward", "decode", "decode paged"])
 def test_attention_on_hopper(name: str) -> None:
     check("sm_90", HALF, attention_calls(HALF, 128, 128)[name])
 
 
-@pytest.mark.parametrize("name", ["logprob forward", "logprob backward"])
-def test_logprob_on_hopper(name: str) -> None:
+@pytest.mark.parametrize("name", ["logprob forward", "logprob backward", "linear"])
+def test_products_on_hopper(name: str) -> None:
     check("sm_90", HALF, product_calls(HALF)[name])
 
 
@@ -76,14 +81,14 @@ def test_linear_float32_has_no_tf32() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [HALF, FLOAT, HALF16], ids=str)
 class TestEverything:
+    @pytest.mark.parametrize("name", list(product_calls(HALF)))
+    def test_products(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, product_calls(dtype)[name])
+
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))
     def test_attention(self, name: str, head_dims: tuple[int, int], arch: str, dtype: torch.dtype) -> None:
         check(arch, dtype, attention_calls(dtype, *head_dims)[name])
-
-    @pytest.mark.parametrize("name", list(product_calls(HALF)))
-    def test_products(self, name: str, arch: str, dtype: torch.dtype) -> None:
-        check(arch, dtype, product_calls(dtype)[name])

@@ -8,18 +8,17 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 from unittest import mock
 
 import torch
 import triton
+from thinkernel.kernels import attention, attention_backward, configs, grpo, linear
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-
-from thinkernel.kernels import attention, attention_backward, configs, grpo, linear
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -111,7 +110,8 @@ def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = Fal
     shape = (64, 64, 2) if paged else (2, 2048, 2)
     k, v = torch.empty(*shape, D, dtype=dtype), torch.empty(*shape, Dv, dtype=dtype)
     table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
-    return lambda: attention.attention_decode(q, k, v, out, lse, seqlens=torch.tensor([5, 9], dtype=torch.int32), block_table=table, **options)
+    seqlens = torch.tensor([5, 9], dtype=torch.int32)
+    return lambda: attention.attention_decode(q, k, v, out, lse, seqlens=seqlens, block_table=table, **options)
 
 
 def logprob_forward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
@@ -124,7 +124,8 @@ def logprob_backward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
     h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(4, 256)
     target = torch.zeros(256, dtype=torch.int64)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
-    return lambda: grpo.linear_logprob_backward(h, w, target, None, *rows, dh, dw, None, buffer_bytes=256 * 2048 * h.element_size(), **options)
+    buffer = 256 * 2048 * h.element_size()  # half of the vocabulary, so that dhidden continues from chunk to chunk
+    return lambda: grpo.linear_logprob_backward(h, w, target, None, *rows, dh, dw, None, buffer_bytes=buffer, **options)
 
 
 def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: bool = True) -> Callable[[], None]:
