@@ -11,8 +11,10 @@ backend in turn, from the same weights and with the same seeds, so that a slow m
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -96,7 +98,16 @@ def main() -> None:
     for backend, row in medians.items():
         print(f"{backend:>10}: " + "  ".join(f"{name} {1e3 * value:7.0f} ms" for name, value in row.items()))
     if args.json:
-        result = {"machine": machine(), "preset": args.preset, "medians_s": medians}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        result = {
+            "machine": machine(),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "preset": args.preset,
+            "gemm_canary_gflops": [round(min(canary)), round(max(canary))],
+            "repeats": args.repeats,
+            "median_seconds": medians,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
