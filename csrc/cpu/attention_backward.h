@@ -69,10 +69,11 @@ template <class T> struct Grad {
   void operator()(vf s, vf dp, vf l, vf delta, const vf* gate, vf* p, vf* ds) const {
     vf slope = splat(1.0f);
     if (!f.plain) {
-      s = f.apply(s);
+      s = s * f.inner;
       if (f.cap != 0.0f) {
-        const vf ratio = s / splat(f.cap);
-        slope = fma(-ratio, ratio, slope);
+        s = tanh(s);
+        slope = fma(-s, s, slope);
+        s = s * f.cap;
       }
     }
     const vf t = fma(s, c, -l);
