@@ -29,7 +29,7 @@ test: build lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: build
-	$(BIN)/python -m pytest -m slow
+	THINKERNEL_FRESH_EXAMPLES=1 $(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

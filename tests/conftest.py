@@ -6,3 +6,10 @@ import os
 # minutes where it needs seconds. Results do not depend on it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from hypothesis import settings  # noqa: E402
+
+# The default run draws the same examples everywhere; `make test-slow` draws new ones each time.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("fresh", deadline=None)
+settings.load_profile("fresh" if os.environ.get("THINKERNEL_FRESH_EXAMPLES") == "1" else "same")
