@@ -76,7 +76,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     sink = 0.0
     if SINKS:
         sink = tl.load(sinks_ptr + h).to(tl.float32)
-    out, lse = finish(acc, total, peak, sink, SINKS)
+    out, lse = finish(acc, total, peak, sink, SINKS, q.dtype == tl.float32)
     o_base = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + m0.to(tl.int64) * stride_os
     store_tile(o_base, out, stride_os, S - m0, M, 0, BLOCK_DV, DV, WIDE)
     tl.store(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=row < S)
@@ -149,7 +149,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
             sink = tl.zeros([M], tl.float32)
             if SINKS:
                 sink = tl.load(sinks_ptr + h, mask=live, other=0.0).to(tl.float32)
-            out, lse = finish(acc, total, peak, sink, SINKS)
+            out, lse = finish(acc, total, peak, sink, SINKS, q.dtype == tl.float32)
             o_at = out_ptr + b * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
             tl.store(o_at[:, None] + value[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(lse_ptr + b * stride_lb + s.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=live)
@@ -170,6 +170,7 @@ def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, 
     s = (slot // H) % SQ
     b = slot // (H * SQ)
     T = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), capacity)
+    EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     value = tl.arange(0, BLOCK_DV)
     one = tl.arange(0, 1)
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
@@ -178,11 +179,11 @@ def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, 
     for split in range(0, tl.cdiv(T, SPLIT)):
         at = slot * n_splits + split
         part = tl.load(part_ptr + at * DV + value, mask=value < DV, other=0.0)[None, :]
-        acc, total, peak = merge(acc, total, peak, part, tl.load(total_ptr + at + one), tl.load(peak_ptr + at + one))
+        acc, total, peak = merge(acc, total, peak, part, tl.load(total_ptr + at + one), tl.load(peak_ptr + at + one), EXACT)
     sink = tl.zeros([1], tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + h + one).to(tl.float32)
-    out, lse = finish(acc, total, peak, sink, SINKS)
+    out, lse = finish(acc, total, peak, sink, SINKS, EXACT)
     o_at = out_ptr + b * stride_ob + s * stride_os + h * stride_oh
     tl.store(o_at + value[None, :], out.to(out_ptr.dtype.element_ty), mask=(value < DV)[None, :])
     tl.store(lse_ptr + b * stride_lb + s * stride_ls + h * stride_lh + one, lse)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_tiles import LOG2E, blocks, capped, floor_divide, key_blocks, mask_arguments, visible
+from .attention_tiles import LOG2E, blocks, capped, floor_divide, key_blocks, mask_arguments, power, visible
 from .primitives import dot, is_wide, launch, load_tile, store_tile
 
 
@@ -59,18 +59,14 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, del
 
 @triton.jit
 def _weights(s, level, scale, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """P = exp(s − L) from (capped) products and level = L; −inf gives 0.
-
-    EXACT (float32): L·log2 e is not rounded before the difference is taken, which alone cost dq 3e-7 of its size.
-    """
+    """P = exp(s − L) from (capped) products and level = L; −inf gives 0. EXACT as in `power`."""
     factor = scale
     if SOFTCAP:
         factor = 1.0
-    if EXACT:
-        difference = tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)) * LOG2E
-    else:
-        difference = tl.fma(s, tl.full(s.shape, factor * LOG2E, tl.float32), tl.broadcast_to(-level * LOG2E, s.shape))
-    return tl.exp2(difference)
+    if not EXACT:
+        factor = factor * LOG2E
+        level = level * LOG2E
+    return power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)), EXACT)
 
 
 @triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])

@@ -94,12 +94,21 @@ def load_keys(base, start, stride, left_over, table, stride_page, n_pages, N: tl
 
 
 @triton.jit
-def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b):
+def power(exponent, EXACT: tl.constexpr):
+    """e^x (EXACT) or 2^x. Float32 keeps scores in natural units: multiplied by log2 e they are rounded once more, before
+    differences are taken, and lse and gradients then err by 2e-7 of the score; float16 and bfloat16 do not see it."""
+    if EXACT:
+        exponent = exponent * LOG2E
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b, EXACT: tl.constexpr):
     """Adds the next split (b) to what came before (a). An empty side leaves the other's bits as they are."""
     peak = tl.maximum(peak_a, peak_b)
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    w_a = tl.exp2(peak_a - base)
-    w_b = tl.exp2(peak_b - base)
+    w_a = power(peak_a - base, EXACT)
+    w_b = power(peak_b - base, EXACT)
     # Written as explicit fused operations: prefill and decode must round alike.
     acc = tl.fma(acc_a, tl.broadcast_to(w_a[:, None], acc_a.shape), acc_b * w_b[:, None])
     return acc, tl.fma(total_a, w_a, total_b * w_b), peak
@@ -111,15 +120,19 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
            PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
            SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M] in units of log 2.
+    """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M]; peak in
+    natural units for float32 (EXACT), in units of log 2 otherwise.
 
     Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops
     spill registers at the tile sizes that matter, and here both kinds of block run the very same operations, so which kind
     a block is never shows in a row's bits (nor does the fused multiply-add, written out for that reason).
     """
-    factor = scale * LOG2E
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    factor = scale
     if SOFTCAP:
-        factor = LOG2E
+        factor = 1.0
+    if not EXACT:
+        factor = factor * LOG2E
     done = acc
     done_total = total
     done_peak = peak
@@ -127,7 +140,7 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         start = key_start + block * N
         if PER_SPLIT > 0:
             if block % PER_SPLIT == 0:
-                done, done_total, done_peak = merge(done, done_total, done_peak, acc, total, peak)
+                done, done_total, done_peak = merge(done, done_total, done_peak, acc, total, peak, EXACT)
                 acc = tl.zeros_like(acc)
                 total = tl.zeros_like(total)
                 peak = tl.full(peak.shape, float("-inf"), tl.float32)
@@ -146,28 +159,32 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
             s = tl.where(((page >= 0) & (page < n_pages))[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
-        weights = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)))
-        decay = tl.exp2(peak - base)
+        weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
+        decay = power(peak - base, EXACT)
         total = total * decay + tl.sum(weights, 1)
         v = load_keys(v_base, start, stride_v, key_end - start, table, stride_vp, n_pages, N, 0, BLOCK_DV, DV, PAGE, WIDE)  # [N, Dv]
         acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
         peak = new_peak
     if PER_SPLIT > 0:
-        acc, total, peak = merge(done, done_total, done_peak, acc, total, peak)
+        acc, total, peak = merge(done, done_total, done_peak, acc, total, peak, EXACT)
     return acc, total, peak
 
 
 @triton.jit
-def finish(acc, total, peak, sink, SINKS: tl.constexpr):
+def finish(acc, total, peak, sink, SINKS: tl.constexpr, EXACT: tl.constexpr):
     """acc, total, peak -> out [M, Dv], lse [M] (without the sink); an empty row gives 0 and −inf."""
     empty = total == 0.0
-    lse = tl.where(empty, float("-inf"), peak * LN2 + tl.log(tl.where(empty, 1.0, total)))
+    natural = peak
+    if not EXACT:
+        natural = peak * LN2
+        sink = sink * LOG2E
+    lse = tl.where(empty, float("-inf"), natural + tl.log(tl.where(empty, 1.0, total)))
     if SINKS:
-        top = tl.maximum(peak, sink * LOG2E)
+        top = tl.maximum(peak, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(peak - top)
+        weight = power(peak - top, EXACT)
         acc = acc * weight[:, None]
-        total = total * weight + tl.exp2(sink * LOG2E - top)
+        total = total * weight + power(sink - top, EXACT)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     return out, lse
 

@@ -76,8 +76,11 @@ def is_wide(stride: int, rows: int) -> bool:
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int, stages: int, device: torch.device, **constants) -> None:
     """Run `kernel` on the device's current stream."""
-    if device.type == "cuda":
+    if INTERPRET:
+        from .interpreter import interpreting
+
+        with interpreting():
+            kernel[grid](*arguments, **constants)
+    else:
         with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
-    else:
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)

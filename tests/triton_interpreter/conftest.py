@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 import pytest
 import torch
@@ -12,9 +11,6 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def _seeded(request: pytest.FixtureRequest):
-    """Fresh random inputs for each test, the same ones on every run; numpy's warnings about masked-out inf and NaN kept quiet."""
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Fresh random inputs for each test, the same ones on every run."""
     torch.manual_seed(sum(request.node.nodeid.encode()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
