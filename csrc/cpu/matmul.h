@@ -31,6 +31,9 @@ template <class S> struct Columns {
   }
 };
 
+template <class A, class B> constexpr bool same = false;
+template <class A> constexpr bool same<A, A> = true;
+
 // Writes a block of sums to C with an optional bias, in C's dtype: one rounding.
 template <class S>
 inline void write_block(const float* sums, int64_t rows, int64_t cols, int64_t ld, const S* bias, S* c, int64_t c_stride) {
@@ -51,11 +54,62 @@ template <class S> inline vf sum_rows(const S* p, int64_t stride, int64_t rows, 
   return __builtin_convertvector(sum, vf);
 }
 
+// C[M, N] with few columns and a short K: B packed whole stays in L2, A's rows are read where they lie, sums go straight to C.
+template <class OperandB>
+void matmul_rows(int threads, int64_t M, int64_t N, int64_t K, Rows<float> a, OperandB b, const float* bias, float* c,
+                 int64_t c_stride) {
+  using G = Gemm<float>;
+  Scratch<float> packed(G::size_b(N, K));
+  parallel_for(N * K < (1 << 16) ? 1 : threads, (N + G::NR - 1) / G::NR, [&](int64_t item, int) {
+    b.template pack_b<G>(item * G::NR, least(G::NR, N - item * G::NR), 0, K, packed + item * G::NR * K);
+  });
+  const int64_t rows = least(192, round_up(M / (4 * threads) + 1, G::MR));
+  parallel_for(threads, (M + rows - 1) / rows, [&](int64_t item, int) {
+    const int64_t m = item * rows, mn = least(rows, M - m);
+    float* y = c + m * c_stride;
+    G::gemm_rows(mn, N, K, a.p + m * a.stride, a.stride, packed, y, c_stride, false);
+    if (bias) write_block(y, mn, N, c_stride, bias, y, c_stride);
+  });
+}
+
+// C[M, N] small, K long (a weight's gradient): every thread keeps its block of C in L2 and streams both operands along K.
+template <class T, class OperandA, class OperandB, class S>
+void matmul_long(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b, S* c, int64_t c_stride) {
+  using G = Gemm<T>;
+  constexpr int64_t kSlab = 256;  // of K at a time: a multiple of every KU, and of KB for float
+  int64_t rows = round_up(M, G::MR), cols = round_up(N, G::NR), row_blocks = 1, col_blocks = 1;
+  while (row_blocks * col_blocks < threads && (rows > G::MR || cols > G::NR)) {
+    if (cols <= G::NR || (rows >= cols && rows > G::MR)) rows = round_up(rows / 2, G::MR);
+    else cols = round_up(cols / 2, G::NR);
+    row_blocks = (M + rows - 1) / rows, col_blocks = (N + cols - 1) / cols;
+  }
+  constexpr bool direct = sizeof(S) == 4;  // float: C itself takes the sums
+  const int64_t size_a = G::size_a(rows, kSlab), size_b = G::size_b(cols, kSlab);
+  Scratch<T> packed(threads * (size_a + size_b));
+  Scratch<float> sums(direct ? 0 : threads * rows * cols);
+  parallel_for(threads, row_blocks * col_blocks, [&](int64_t item, int thread) {
+    const int64_t m = item / col_blocks * rows, n = item % col_blocks * cols;
+    const int64_t mn = least(rows, M - m), nn = least(cols, N - n), ld = direct ? c_stride : cols;
+    T* pa = packed + thread * (size_a + size_b);
+    float* sum = direct ? (float*)(c + m * c_stride + n) : sums + thread * rows * cols;
+    for (int64_t k = 0; k < K; k += kSlab) {
+      const int64_t kn = least(kSlab, K - k);
+      a.template pack_a<G>(m, mn, k, kn, pa);
+      b.template pack_b<G>(n, nn, k, kn, pa + size_a);
+      G::gemm(mn, nn, kn, pa, pa + size_a, sum, ld, k > 0);
+    }
+    if (!direct) write_block(sum, mn, nn, ld, (const S*)nullptr, c + m * c_stride + n, c_stride);
+  });
+}
+
 template <class T, class OperandA, class OperandB, class S>
 void matmul(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b, const S* bias, S* c, int64_t c_stride) {
   using G = Gemm<T>;
   if (M == 0 || N == 0) return;
   if (M * N * K < (1 << 16)) threads = 1;           // too little to wake anybody
+  if constexpr (same<OperandA, Rows<float>> && same<S, float>)
+    if (K > 0 && K <= 512 && N * K <= (1 << 18)) return matmul_rows(threads, M, N, K, a, b, bias, c, c_stride);
+  if (K >= 1024 && M * N <= (1 << 17) && !bias) return matmul_long<T>(threads, M, N, K, a, b, c, c_stride);
   constexpr int64_t kSlab = 512;                    // of K at a time: a multiple of every KB and KU
   // Columns a work item packs: as many as keep them in L2 beside a row chunk, fewer where threads would go hungry.
   const int64_t fit_cols = (1 << 20) / (int64_t)(sizeof(T) * (K > 0 ? K : 1)) / G::NR * G::NR;

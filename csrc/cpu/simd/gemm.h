@@ -16,7 +16,8 @@
 //   G::gemm_panels(M, N, K, A, a_panel, B, b_panel, C, ldc, accumulate)
 //                                      the same on panels that lie a_panel and b_panel elements apart: a range of k of longer
 //                                      panels (start at A + k * MR, B + k * NR). Float also takes an A that is not packed:
-//                                      gemm_panels<RS, CS> reads element (m, k) of a panel at m * RS + k * CS
+//                                      gemm_panels<RS, CS> reads element (m, k) of a panel at m * RS + k * CS (RS = 0: rows
+//                                      a_panel / MR apart; gemm_rows is this for a whole matrix)
 //   G::KB                              the summation block, below
 //
 // All pointers may be unaligned, but packed operands on 64 bytes are faster. On the AMX level a thread calls gemm
@@ -67,6 +68,11 @@ template <> struct Gemm<float> {
                    bool accumulate) {
     gemm_panels(M, N, K, A, MR * K, B, NR * K, C, ldc, accumulate);
   }
+  // A unpacked: element (m, k) at A[m * a_stride + k].
+  static void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t a_stride, const float* B, float* C,
+                        int64_t ldc, bool accumulate) {
+    gemm_panels<0, 1>(M, N, K, A, MR * a_stride, B, NR * K, C, ldc, accumulate);
+  }
   template <int64_t RS = 1, int64_t CS = MR>
   static void gemm_panels(int64_t M, int64_t N, int64_t K, const float* A, int64_t a_panel, const float* B,
                           int64_t b_panel, float* C, int64_t ldc, bool accumulate) {
@@ -86,8 +92,8 @@ template <> struct Gemm<float> {
         const int cols = (int)least(NR, N - n);
         for (int64_t m = 0; m < M; m += MR, next += lines * 16) {
           for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + i * 16, 0, 2);
-          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, b, C + m * ldc + n, ldc, cols, add,
-                              n == 0 ? a_panel : 0);
+          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, a_panel / MR, b, C + m * ldc + n, ldc,
+                              cols, add, n == 0 ? a_panel : 0);
         }
       }
     }
@@ -120,33 +126,39 @@ template <> struct Gemm<float> {
 
   // dst[panel][k][P] from columns: row k of a panel is P neighbours in memory.
   template <int P, class S> static void pack_columns(const S* src, int64_t stride, int64_t cols, int64_t K, float* dst) {
-    for (int64_t c = 0; c < cols; c += P) {
-      const int left = (int)least(P + W, cols - c);  // a strip's last vector may read into the next panel's columns
-      for (int64_t k = 0; k < K; ++k, dst += P) {
-        const S* row = src + k * stride + c;
+    for (int64_t k = 0; k < K; ++k, src += stride)  // a whole row at a time: the source comes from far away
+      for (int64_t c = 0; c < cols; c += P) {
+        const int left = (int)least(P + W, cols - c);  // a strip's last vector may read into the next panel's columns
+        float* to = dst + c * K + k * P;
         for (int i = 0; i < P; i += W) {
-          const vf x = load_n(row + i, left - i);
-          memcpy(dst + i, &x, (P - i < W ? P - i : W) * 4);
+          const vf x = left - i >= W ? load(src + c + i) : load_n(src + c + i, left - i);
+          memcpy(to + i, &x, (P - i < W ? P - i : W) * 4);
         }
       }
-    }
   }
 
   // R x NR of C from one panel of each; 2R accumulators, all in registers.
   template <int R, int64_t RS, int64_t CS>
-  static void tile(int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add, int64_t ahead) {
+  static void tile(int64_t K, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, int cols, bool add,
+                   int64_t ahead) {
     vf acc[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
-    for (int64_t k = 0; k < K; ++k, a += CS, b += NR) {
-      if constexpr (R == MR && RS == 1) __builtin_prefetch(a + ahead, 0, 2);  // the next panel of A, into L2
+    const int64_t step = RS ? RS : stride;
+    const float* row[(R + 2) / 3];  // every third row: the two after it are within reach of an address
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r += 3) row[r / 3] = a + r * step;
+    for (int64_t k = 0; k < K; ++k, b += NR) {
+      if constexpr (R == MR && RS == 1) __builtin_prefetch(row[0] + ahead, 0, 2);  // the next panel of A, into L2
       const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vf x = splat(a[r * RS]);
+        const vf x = splat(row[r / 3][r % 3 * step]);
         acc[r][0] = fma(x, b0, acc[r][0]);
         acc[r][1] = fma(x, b1, acc[r][1]);
       }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r += 3) row[r / 3] += CS;
     }
     if (cols == NR) {
 #pragma GCC unroll 16
@@ -167,10 +179,10 @@ template <> struct Gemm<float> {
     }
   }
   template <int R, int64_t RS, int64_t CS>
-  static void tile_of(int rows, int64_t K, const float* a, const float* b, float* c, int64_t ldc, int cols, bool add,
-                      int64_t ahead) {
-    if (rows == R) return tile<R, RS, CS>(K, a, b, c, ldc, cols, add, ahead);
-    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, b, c, ldc, cols, add, ahead);
+  static void tile_of(int rows, int64_t K, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, int cols,
+                      bool add, int64_t ahead) {
+    if (rows == R) return tile<R, RS, CS>(K, a, stride, b, c, ldc, cols, add, ahead);
+    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, stride, b, c, ldc, cols, add, ahead);
   }
 };
 
