@@ -224,50 +224,54 @@ template <class St> struct Backward {
     if (pairs == 0 || G == 0) return;
     const int64_t threads = p.threads;
     const bool one_pass = (pairs + threads - 1) / threads * 5 * threads <= pairs * 7;
-    const int64_t bytes = pair_bytes(), wave = least(pairs, most(threads, kPackedBytes / bytes));
-    const int64_t sums = kKeys * (ldk + ldv), dq_blocks = one_pass ? G * q_blocks : 1;
+    const int64_t bytes = pair_bytes(), sums = kKeys * (ldk + ldv), dq_blocks = one_pass ? G * q_blocks : 1;
     const int64_t local = round_up(Block::floats() + sums + dq_blocks * dq_size + dq_blocks / 4 + 1, 1024);
+    // In one pass a pair is packed by the thread that needs it, into memory still in its cache from the pair before.
+    const int64_t wave = one_pass ? threads : least(pairs, most(threads, kPackedBytes / bytes));
+    const int64_t steps = G * q_blocks + k_blocks + 1;
     Scratch<char> packed(wave * bytes);
     Scratch<float> scratch(threads * local);
-
-    for (int64_t done = 0; done < pairs; done += wave) {
-      const int64_t here = least(wave, pairs - done), steps = G * q_blocks + k_blocks + 1;
-      parallel_for(p.threads, here * steps, [&](int64_t item, int) {
-        const int64_t i = item / steps, step = item % steps;
-        const Pair x = pair_at(packed + i * bytes);
-        if (step < k_blocks) prepare_keys(done + i, step, x);
-        else if (step == k_blocks) write_blanks(done + i);
-        else prepare_queries(done + i, (step - k_blocks - 1) / q_blocks, (step - k_blocks - 1) % q_blocks, x);
+    const auto prepare = [&](int64_t pair, int64_t step, const Pair& x) {
+      if (step < k_blocks) prepare_keys(pair, step, x);
+      else if (step == k_blocks) write_blanks(pair);
+      else prepare_queries(pair, (step - k_blocks - 1) / q_blocks, (step - k_blocks - 1) % q_blocks, x);
+    };
+    const auto with = [&](int64_t pair, const Pair& x, int thread, const auto& body) {
+      float* base = scratch + thread * local;
+      Block block(base);
+      float* sum = base + Block::floats();
+      float* dq = sum + sums;
+      body(pair, x, block, sum, dq, (bool*)(dq + dq_blocks * dq_size));
+    };
+    if (one_pass)
+      return parallel_for(p.threads, pairs, [&](int64_t i, int thread) {
+        const Pair at = pair_at(packed + thread * bytes);
+        for (int64_t step = 0; step < steps; ++step) prepare(i, step, at);
+        with(i, at, thread, [&](int64_t pair, const Pair& x, Block& block, float* sum, float* dq, bool* started) {
+          memset(started, 0, dq_blocks);
+          for (int64_t kb = 0; kb < k_blocks; ++kb) key_block(pair, x, kb, block, sum, dq, started);
+          for (int64_t j = 0; j < dq_blocks; ++j)
+            write_queries(pair, j / q_blocks, j % q_blocks, dq + j * dq_size, started[j], block);
+        });
       });
-      const auto with = [&](int64_t i, int thread, const auto& body) {
-        float* base = scratch + thread * local;
-        Block block(base);
-        float* sum = base + Block::floats();
-        float* dq = sum + sums;
-        body(done + i, pair_at(packed + i * bytes), block, sum, dq, (bool*)(dq + dq_blocks * dq_size));
-      };
-      if (one_pass) {
-        parallel_for(p.threads, here, [&](int64_t i, int thread) {
-          with(i, thread, [&](int64_t pair, const Pair& x, Block& block, float* sum, float* dq, bool* started) {
-            memset(started, 0, dq_blocks);
-            for (int64_t kb = 0; kb < k_blocks; ++kb) key_block(pair, x, kb, block, sum, dq, started);
-            for (int64_t j = 0; j < dq_blocks; ++j)
-              write_queries(pair, j / q_blocks, j % q_blocks, dq + j * dq_size, started[j], block);
-          });
-        });
-      } else {
-        parallel_for(p.threads, here * (k_blocks + G * q_blocks), [&](int64_t item, int thread) {
-          with(item % here, thread, [&](int64_t pair, const Pair& x, Block& block_, float* sum, float* dq, bool* started) {
-            const int64_t step = item / here;
-            if (step < k_blocks) return key_block(pair, x, step, block_, sum, nullptr, nullptr);
-            const int64_t j = step - k_blocks;
-            *started = false;
-            for (int64_t kb = 0; kb < k_blocks; ++kb)
-              block(pair, x, j / q_blocks, j % q_blocks, kb, block_, nullptr, nullptr, dq, started);
-            write_queries(pair, j / q_blocks, j % q_blocks, dq, *started, block_);
-          });
-        });
-      }
+    for (int64_t done = 0; done < pairs; done += wave) {
+      const int64_t here = least(wave, pairs - done);
+      parallel_for(p.threads, here * steps, [&](int64_t item, int) {
+        prepare(done + item / steps, item % steps, pair_at(packed + item / steps * bytes));
+      });
+      parallel_for(p.threads, here * (k_blocks + G * q_blocks), [&](int64_t item, int thread) {
+        const int64_t i = item % here;
+        with(done + i, pair_at(packed + i * bytes), thread,
+             [&](int64_t pair, const Pair& x, Block& block_, float* sum, float* dq, bool* started) {
+               const int64_t step = item / here;
+               if (step < k_blocks) return key_block(pair, x, step, block_, sum, nullptr, nullptr);
+               const int64_t j = step - k_blocks;
+               *started = false;
+               for (int64_t kb = 0; kb < k_blocks; ++kb)
+                 block(pair, x, j / q_blocks, j % q_blocks, kb, block_, nullptr, nullptr, dq, started);
+               write_queries(pair, j / q_blocks, j % q_blocks, dq, *started, block_);
+             });
+      });
     }
   }
 };

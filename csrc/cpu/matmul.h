@@ -29,6 +29,11 @@ template <class S> struct Columns {
   template <class G> void pack_b(int64_t r, int64_t rows, int64_t k, int64_t kn, typename G::Type* dst) const {
     G::pack_b_t(p + k * stride + r, stride, rows, kn, dst);
   }
+  // Into L2, ahead of the packing: positions k to end of these rows.
+  void prefetch(int64_t r, int64_t rows, int64_t k, int64_t end) const {
+    for (; k < end; ++k)
+      for (int64_t i = 0; i < rows; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(p + k * stride + r + i, 0, 2);
+  }
 };
 
 template <class A, class B> constexpr bool same = false;
@@ -73,10 +78,10 @@ void matmul_rows(int threads, int64_t M, int64_t N, int64_t K, Rows<float> a, Op
 }
 
 // C[M, N] small, K long (a weight's gradient): every thread keeps its block of C in L2 and streams both operands along K.
-template <class T, class OperandA, class OperandB, class S>
-void matmul_long(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b, S* c, int64_t c_stride) {
+template <class T, class S>
+void matmul_long(int threads, int64_t M, int64_t N, int64_t K, Columns<S> a, Columns<S> b, S* c, int64_t c_stride) {
   using G = Gemm<T>;
-  constexpr int64_t kSlab = 256;  // of K at a time: a multiple of every KU, and of KB for float
+  constexpr int64_t kSlab = sizeof(T) == 4 ? G::KB : 256;  // of K at a time
   int64_t rows = round_up(M, G::MR), cols = round_up(N, G::NR), row_blocks = 1, col_blocks = 1;
   while (row_blocks * col_blocks < threads && (rows > G::MR || cols > G::NR)) {
     if (cols <= G::NR || (rows >= cols && rows > G::MR)) rows = round_up(rows / 2, G::MR);
@@ -96,7 +101,16 @@ void matmul_long(int threads, int64_t M, int64_t N, int64_t K, OperandA a, Opera
       const int64_t kn = least(kSlab, K - k);
       a.template pack_a<G>(m, mn, k, kn, pa);
       b.template pack_b<G>(n, nn, k, kn, pa + size_a);
-      G::gemm(mn, nn, kn, pa, pa + size_a, sum, ld, k > 0);
+      // The next slab comes from far away: a share of it with each tile.
+      const int64_t tiles = (mn + G::MR - 1) / G::MR * ((nn + G::NR - 1) / G::NR), share = (kSlab + tiles - 1) / tiles;
+      int64_t ahead = k + kSlab;
+      const int64_t ahead_end = least(K, k + 2 * kSlab), kp = G::padded_k(kn);
+      for (int64_t j = 0; j < nn; j += G::NR)
+        for (int64_t i = 0; i < mn; i += G::MR, ahead += share) {
+          a.prefetch(m, mn, ahead, least(ahead_end, ahead + share));
+          b.prefetch(n, nn, ahead, least(ahead_end, ahead + share));
+          G::gemm(least(G::MR, mn - i), least(G::NR, nn - j), kn, pa + i * kp, pa + size_a + j * kp, sum + i * ld + j, ld, k > 0);
+        }
     }
     if (!direct) write_block(sum, mn, nn, ld, (const S*)nullptr, c + m * c_stride + n, c_stride);
   });
@@ -109,7 +123,8 @@ void matmul(int threads, int64_t M, int64_t N, int64_t K, OperandA a, OperandB b
   if (M * N * K < (1 << 16)) threads = 1;           // too little to wake anybody
   if constexpr (same<OperandA, Rows<float>> && same<S, float>)
     if (K > 0 && K <= 512 && N * K <= (1 << 18)) return matmul_rows(threads, M, N, K, a, b, bias, c, c_stride);
-  if (K >= 1024 && M * N <= (1 << 17) && !bias) return matmul_long<T>(threads, M, N, K, a, b, c, c_stride);
+  if constexpr (same<OperandA, Columns<S>> && same<OperandB, Columns<S>>)
+    if (K >= 1024 && M * N <= (1 << 17) && !bias) return matmul_long<T>(threads, M, N, K, a, b, c, c_stride);
   constexpr int64_t kSlab = 512;                    // of K at a time: a multiple of every KB and KU
   // Columns a work item packs: as many as keep them in L2 beside a row chunk, fewer where threads would go hungry.
   const int64_t fit_cols = (1 << 20) / (int64_t)(sizeof(T) * (K > 0 ? K : 1)) / G::NR * G::NR;
