@@ -110,26 +110,40 @@ template <class St> struct Forward {
     while (chunk_rows > kRows && pairs * ((R + chunk_rows - 1) / chunk_rows) < 4 * p.threads) chunk_rows -= kRows;
     const int64_t span = S > chunk_rows ? S : R, chunks = (span + chunk_rows - 1) / chunk_rows, spans = R / span;
     const int64_t pair_bytes = most(1, splits * (k_split + v_split) * (int64_t)sizeof(T));
-    const int64_t wave = least(pairs, most(p.threads, kPackedBytes / pair_bytes));
+    // With many pairs a thread packs the pair it works on, into memory still in its cache from the pair before.
+    const bool many = pairs >= 8 * p.threads;
+    const int64_t wave = many ? p.threads : least(pairs, most(p.threads, kPackedBytes / pair_bytes));
 
     Scratch<T> packed(wave * splits * (k_split + v_split));
     const int64_t floats = round_up(local_floats(), 1024);
     Scratch<float> scratch(p.threads * floats);
     const auto k_of = [&](int64_t i) { return packed + i * splits * (k_split + v_split); };
+    const auto pack = [&](int64_t pair, int64_t split, T* k, int thread) {
+      const int64_t b = pair / p.kv_heads, count = least(kSplit, keys.count(b) - split * kSplit);
+      if (count <= 0) return;
+      pack_split<St>(keys, b, pair % p.kv_heads, split * kSplit, count, D, Dv, local(scratch + thread * floats).rows,
+                     k + split * k_split, k + splits * k_split + split * v_split);
+    };
+    // A pair's item: late chunks first, under a causal mask they are the heavy ones.
+    const auto run_chunk = [&](int64_t pair, int64_t item, T* k, int thread) {
+      const int64_t c = chunks - 1 - item / spans, s = item % spans;
+      const int64_t r0 = s * span + c * chunk_rows, r1 = s * span + least(span, (c + 1) * chunk_rows);
+      chunk(pair, r0, r1, k, k + splits * k_split, local(scratch + thread * floats));
+    };
+    if (many)
+      return parallel_for(p.threads, pairs, [&](int64_t pair, int thread) {
+        T* k = k_of(thread);
+        for (int64_t split = 0; split < splits; ++split) pack(pair, split, k, thread);
+        for (int64_t item = 0; item < spans * chunks; ++item) run_chunk(pair, item, k, thread);
+      });
     for (int64_t done = 0; done < pairs; done += wave) {
       const int64_t here = least(wave, pairs - done);
       parallel_for(p.threads, here * splits, [&](int64_t item, int thread) {
-        const int64_t i = item / splits, split = item % splits, b = (done + i) / p.kv_heads;
-        const int64_t count = least(kSplit, keys.count(b) - split * kSplit);
-        if (count <= 0) return;
-        pack_split<St>(keys, b, (done + i) % p.kv_heads, split * kSplit, count, D, Dv, local(scratch + thread * floats).rows,
-                       k_of(i) + split * k_split, k_of(i) + splits * k_split + split * v_split);
+        pack(done + item / splits, item % splits, k_of(item / splits), thread);
       });
       parallel_for(p.threads, here * spans * chunks, [&](int64_t item, int thread) {
-        // Late chunks first: under a causal mask they are the heavy ones.
-        const int64_t c = chunks - 1 - item / (here * spans), i = item / spans % here, s = item % spans;
-        const int64_t r0 = s * span + c * chunk_rows, r1 = s * span + least(span, (c + 1) * chunk_rows);
-        chunk(done + i, r0, r1, k_of(i), k_of(i) + splits * k_split, local(scratch + thread * floats));
+        const int64_t i = item / spans % here;
+        run_chunk(done + i, item / (here * spans) * spans + item % spans, k_of(i), thread);
       });
     }
   }
