@@ -130,7 +130,11 @@ def logprob_contenders(N: int, D: int, V: int) -> tuple[Contenders, Contenders]:
         return log_p.gather(1, t[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     compiled = torch.compile(naive)
-    forward: Contenders = {"thinkernel": ours, "torch": lambda: naive(hidden, weight, target), "torch.compile": lambda: compiled(hidden, weight, target)}
+    forward: Contenders = {
+        "thinkernel": ours,
+        "torch": lambda: naive(hidden, weight, target),
+        "torch.compile": lambda: compiled(hidden, weight, target),
+    }
     both: Contenders = {
         "thinkernel": ours_both,
         "torch": lambda: torch.autograd.grad(naive(*leaves, target), leaves, [g, g]),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import configs
 from .attention_backward import attention_backward
-from .attention_tiles import attend, blocks, finish, key_blocks, mask_arguments, merge
+from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, merge
 from .primitives import is_wide, launch, load_tile, store_tile
 
 __all__ = ["attention_backward", "attention_decode", "attention_forward", "covers"]
@@ -226,7 +226,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         return
     scale = D**-0.5 if scale is None else scale
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    tile = configs.tile(configs.ATTENTION_FORWARD, q.device, q.dtype, block_d + rest_d, block_dv)
+    options = has_options(key_start, window, chunk, softcap, sinks)
+    tile = configs.tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, options)
     bounds, flags = mask_arguments(causal, window, chunk)
     launch(
         _forward_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, out, lse, key_start, sinks, S, T, H, H // Hkv,
@@ -254,7 +255,8 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, l
         return
     scale = D**-0.5 if scale is None else scale
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    tile = configs.tile(configs.ATTENTION_DECODE, q.device, q.dtype, block_d + rest_d, block_dv)
+    options = has_options(None, window, chunk, softcap, sinks)
+    tile = configs.tile("decode", q.device, q.dtype, block_d + rest_d, block_dv, options)
     bounds, flags = mask_arguments(causal, window, chunk)
     split = configs.key_split()
     n_splits = max(triton.cdiv(capacity, split), 1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_tiles import LOG2E, blocks, capped, floor_divide, key_blocks, mask_arguments, power, visible
+from .attention_tiles import LOG2E, blocks, capped, floor_divide, has_options, key_blocks, mask_arguments, power, visible
 from .primitives import dot, is_wide, launch, load_tile, store_tile
 
 
@@ -242,13 +242,14 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     if key_start is not None or B * S * H == 0:
         dk.zero_()
         dv.zero_()
-    if sinks is not None:
+    if dsinks is not None:
         dsinks.zero_()
     if B * S * H == 0:
         return
     scale = float(D**-0.5 if scale is None else scale)
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
     bounds, flags = mask_arguments(causal, window, chunk)
+    options = has_options(key_start, window, chunk, softcap, sinks)
     level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=q.device)
     dsink = torch.empty_like(level) if sinks is not None else None
     wide = any(is_wide(x.stride(1), 128) for x in (q, k, v, out, dout, dq, dk, dv))
@@ -262,13 +263,13 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     scalars = (scale, float(softcap or 0.0), *bounds)
     if T * Hkv > 0:
-        tile = configs.tile(configs.ATTENTION_BACKWARD_KV, q.device, q.dtype, block_d + rest_d, block_dv)
+        tile = configs.tile("backward_kv", q.device, q.dtype, block_d + rest_d, block_dv, options)
         launch(
             _keys_kernel, (B * Hkv * triton.cdiv(T, tile.n),), q, k, v, dout, level, delta, dk, dv, key_start, S, T, Hkv, H // Hkv,
             *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
-    tile = configs.tile(configs.ATTENTION_BACKWARD_Q, q.device, q.dtype, block_d + rest_d, block_dv)
+    tile = configs.tile("backward_q", q.device, q.dtype, block_d + rest_d, block_dv, options)
     launch(
         _queries_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, dout, level, delta, dq, key_start, S, T, H, H // Hkv,
         *strides, *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
-    if sinks is not None:
+    if dsink is not None and dsinks is not None:
         torch.sum(dsink, (0, 2), out=dsinks)

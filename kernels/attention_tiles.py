@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .primitives import dot, load_tile, tanh
 
@@ -196,6 +197,12 @@ def mask_arguments(causal: bool, window: tuple[int, int] | None, chunk: int | No
         right = 0 if right < 0 else min(right, 0)
     flags = {"LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": chunk is not None}
     return (max(left, 0), max(right, 0), chunk or 1), flags
+
+
+def has_options(key_start: Tensor | None, window: tuple[int, int] | None, chunk: int | None, softcap: float | None,
+                sinks: Tensor | None) -> bool:
+    """Whether a call asks for more than plain or causal attention."""
+    return any(x is not None for x in (key_start, window, chunk, sinks)) or bool(softcap)
 
 
 def blocks(width: int) -> tuple[int, int]:

@@ -45,7 +45,7 @@ ATTENTION_FORWARD = {
     ("sm_90", "half"): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 3)},
     ("sm_100", "half"): {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("sm_80", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    ("sm_90", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("sm_90", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 2)},
     ("sm_100", "float"): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 1), 192: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 
@@ -77,6 +77,36 @@ ATTENTION_BACKWARD_Q = {
     ("sm_80", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
     ("sm_90", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
     ("sm_100", "float"): {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
+}
+
+ATTENTION = {
+    "forward": ATTENTION_FORWARD, "decode": ATTENTION_DECODE, "backward_kv": ATTENTION_BACKWARD_KV, "backward_q": ATTENTION_BACKWARD_Q,
+}
+
+# Calls with key_start, window, chunk, softcap or sinks hold more values at once: these tiles, where the plain one would spill
+# in some combination of them. In forward and decode `n` is the plain one.
+OPTIONS = {
+    "forward": {
+        ("sm_80", "half"): {128: Tile(64, 64, 8, 3)},
+        ("sm_80", "float"): {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 1)},
+        ("sm_90", "float"): {64: Tile(32, 32, 8, 2), 128: Tile(16, 32, 4, 2)},
+        ("sm_100", "float"): {128: Tile(16, 32, 4, 2)},
+    },
+    "decode": {("sm_100", "float"): {128: Tile(16, 32, 8, 2)}},
+    "backward_kv": {
+        ("sm_80", "half"): {256: Tile(16, 64, 8, 1)},
+        ("sm_80", "float"): {192: Tile(16, 16, 4, 2)},
+        ("sm_90", "half"): {64: Tile(32, 128, 8, 3), 128: Tile(16, 128, 8, 2), 192: Tile(32, 64, 8, 1), 256: Tile(16, 64, 8, 2)},
+        ("sm_90", "float"): {128: Tile(16, 16, 8, 2), 192: Tile(16, 16, 8, 2)},
+        ("sm_100", "float"): {128: Tile(16, 16, 8, 2), 192: Tile(16, 16, 8, 2)},
+    },
+    "backward_q": {
+        ("sm_80", "half"): {192: Tile(64, 16, 4, 1)},
+        ("sm_80", "float"): {192: Tile(16, 16, 8, 1)},
+        ("sm_90", "half"): {192: Tile(64, 32, 4, 2)},
+        ("sm_90", "float"): {192: Tile(16, 16, 4, 2)},
+        ("sm_100", "float"): {192: Tile(16, 16, 8, 3)},
+    },
 }
 
 # Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide;
@@ -156,11 +186,16 @@ def width(padded_d: int, padded_dv: int) -> int:
     return next(w for w in WIDTHS if w >= max(padded_d, padded_dv))
 
 
-def tile(table: dict, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int) -> Tile:
-    """The attention tile for these padded head dims."""
+def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, options: bool) -> Tile:
+    """The tile of the attention kernel ("forward", "decode", "backward_kv", "backward_q") for these padded head dims.
+
+    options: whether the call has any of key_start, window, chunk, softcap and sinks.
+    """
     if INTERPRET:
         return _INTERPRETER_TILE
-    return table[architecture(device), kind(dtype)][width(padded_d, padded_dv)]
+    key, w = (architecture(device), kind(dtype)), width(padded_d, padded_dv)
+    plain = ATTENTION[kernel][key][w]
+    return OPTIONS[kernel].get(key, {}).get(w, plain) if options else plain
 
 
 def product(device: torch.device, dtype: torch.dtype, rows: int, running: bool) -> Product:

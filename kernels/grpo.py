@@ -245,10 +245,7 @@ def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias
     step = max(budget // (N * hidden.element_size() * tile.n), 1) * tile.n
     step = min(step, triton.cdiv(V, tile.n) * tile.n)
     dy = torch.empty((N, step), dtype=hidden.dtype, device=hidden.device)
-    running = None
-    if dhidden is not None and step < V:
-        running = torch.empty((N, D), dtype=torch.float32, device=hidden.device)
-    alive = torch.arange(N, device=hidden.device)[:, None] < live if dbias is not None else None
+    running = torch.empty((N, D) if dhidden is not None and step < V else 0, dtype=torch.float32, device=hidden.device)
     for first in range(0, V, step):
         columns = min(step, V - first)
         launch(
@@ -262,6 +259,7 @@ def linear_logprob_backward(hidden: Tensor, weight: Tensor, target: Tensor, bias
         if dweight is not None:
             product(chunk.t(), h.t(), dweight[first:first + columns], live_depth=live)
         if dbias is not None:
+            alive = torch.arange(N, device=hidden.device)[:, None] < live
             dbias[first:first + columns] = torch.where(alive, chunk, 0).sum(0, dtype=torch.float32)
         if dhidden is not None:
             last = first + columns == V

@@ -61,6 +61,14 @@ def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     }
 
 
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["half", "float"])
+def test_decode_walks_the_keys_in_the_blocks_of_prefill(kind: str, arch: str) -> None:
+    for w in configs.WIDTHS:
+        tables = [t[kernel].get((arch, kind), {}) for t in (configs.ATTENTION, configs.OPTIONS) for kernel in ("forward", "decode")]
+        assert len({table[w].n for table in tables if w in table}) == 1, f"{arch} {kind} {w}"
+
+
 @pytest.mark.parametrize("name", ["forward", "backward", "decode", "decode paged"])
 def test_attention_on_hopper(name: str) -> None:
     check("sm_90", HALF, attention_calls(HALF, 128, 128)[name])

@@ -100,11 +100,13 @@ def test_decode(D: int, Dv: int, Sq: int, page: int, dtype: torch.dtype) -> None
     if page:
         order = torch.randperm(B * T // page, device="cuda")
         table = order.reshape(B, -1).int()
-        k_cache, v_cache = (torch.empty_like(x.reshape(-1, page, 2, x.shape[-1])).index_copy_(0, order, x.reshape(-1, page, 2, x.shape[-1])) for x in (k_cache, v_cache))
+        pages = [x.reshape(-1, page, 2, x.shape[-1]) for x in (k_cache, v_cache)]
+        k_cache, v_cache = (torch.empty_like(x).index_copy_(0, order, x) for x in pages)
     out, lse = poisoned(B, Sq, 8, Dv, dtype=dtype), poisoned(B, Sq, 8)
     attention.attention_decode(q, k_cache, v_cache, out, lse, seqlens=lengths, block_table=table)
     want = attention_reference.attention_decode(q.double(), k.double(), v.double(), seqlens=lengths)
-    seen = attention_reference.visible_keys(lengths[:, None] + torch.arange(-Sq, 0, device="cuda"), torch.arange(T, device="cuda"), None, lengths, True, None, None)
+    positions = lengths[:, None] + torch.arange(-Sq, 0, device="cuda")  # [B, Sq]
+    seen = attention_reference.visible_keys(positions, torch.arange(T, device="cuda"), None, lengths, True, None, None)
     heads = [x.repeat_interleave(4, 2).transpose(1, 2) for x in (k, v)]
     base = F.scaled_dot_product_attention(q.transpose(1, 2), *heads, attn_mask=seen[:, None]).transpose(1, 2)
     check(out, want[0], base.nan_to_num(0.0), name="out")
