@@ -83,12 +83,13 @@ PYBIND11_MODULE(_C, m) {
       window_right, chunk, softcap, threads
   using tk::AttentionForwardParams, tk::AttentionBackwardParams, tk::AttentionDecodeParams;
   bind_params<AttentionForwardParams>(m, "AttentionForwardParams", TK_FIELDS(AttentionForwardParams, TK_ATTENTION_SHAPE, q,
-      k, v, sinks, key_start, out, lse, q_stride, k_stride, v_stride, out_stride));
+      k, v, sinks, key_start, cu_seqlens_q, cu_seqlens_k, out, lse, q_stride, k_stride, v_stride, out_stride));
   bind_params<AttentionBackwardParams>(m, "AttentionBackwardParams", TK_FIELDS(AttentionBackwardParams, TK_ATTENTION_SHAPE,
-      q, k, v, out, lse, dout, dlse, sinks, key_start, dq, dk, dv, dsinks, q_stride, k_stride, v_stride, out_stride,
+      q, k, v, out, lse, dout, dlse, sinks, key_start, cu_seqlens_q, cu_seqlens_k, dq, dk, dv, dsinks, q_stride, k_stride, v_stride, out_stride,
       dout_stride, dq_stride, dk_stride, dv_stride));
   bind_params<AttentionDecodeParams>(m, "AttentionDecodeParams", TK_FIELDS(AttentionDecodeParams, TK_ATTENTION_SHAPE, q, k,
-      v, seqlens, block_table, sinks, out, lse, page_size, max_pages, q_stride, out_stride, k_stride, v_stride));
+      v, seqlens, block_table, sinks, out, lse, page_size, max_pages, prefix_k, prefix_v, prefix_table,
+      prefix_length, prefix_page_size, prefix_k_stride, prefix_v_stride, q_stride, out_stride, k_stride, v_stride));
   TK_BIND_KERNEL(m, attention_forward, AttentionForwardParams);
   TK_BIND_KERNEL(m, attention_backward, AttentionBackwardParams);
   TK_BIND_KERNEL(m, attention_decode, AttentionDecodeParams);

@@ -24,12 +24,17 @@ struct AttentionShape {
   int32_t threads = 1;                          // torch.get_num_threads()
 };
 
+// Packed sequences: with cu_seqlens, sequence b has queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]) and keys
+// [cu_seqlens_k[b], cu_seqlens_k[b + 1]) of tensors whose batch dimension is 1 (batch strides 0): q [N, H, D], lse [N, H].
+// batch counts sequences, q_len and k_len are the totals N and Nk; S and T of the formulas are each sequence's own.
 struct AttentionForwardParams : AttentionShape {
   const void* q = nullptr;             // [B, S, H, D]
   const void* k = nullptr;             // [B, T, Hkv, D]
   const void* v = nullptr;             // [B, T, Hkv, Dv]
   const float* sinks = nullptr;        // [H], may be null
   const int32_t* key_start = nullptr;  // [B] first valid key of each row, 0 <= key_start <= T; may be null (0)
+  const int32_t* cu_seqlens_q = nullptr;  // [B + 1] packed sequences, see PackedSequences; null: all of length S
+  const int32_t* cu_seqlens_k = nullptr;  // [B + 1], given exactly with cu_seqlens_q, and then key_start is null
   void* out = nullptr;                 // [B, S, H, Dv]
   float* lse = nullptr;                // [B, S, H] contiguous float32, never counts the sink; -inf where no key is seen
   int64_t q_stride[3] = {0, 0, 0}, k_stride[3] = {0, 0, 0}, v_stride[3] = {0, 0, 0}, out_stride[3] = {0, 0, 0};
@@ -45,6 +50,8 @@ struct AttentionBackwardParams : AttentionShape {
   const float* dlse = nullptr;         // [B, S, H] contiguous, gradient of lse; may be null (0)
   const float* sinks = nullptr;        // [H], may be null
   const int32_t* key_start = nullptr;  // [B], may be null
+  const int32_t* cu_seqlens_q = nullptr;  // [B + 1], as in the forward
+  const int32_t* cu_seqlens_k = nullptr;  // [B + 1]
   void* dq = nullptr;                  // [B, S, H, D]   every element is written, zeros too
   void* dk = nullptr;                  // [B, T, Hkv, D]
   void* dv = nullptr;                  // [B, T, Hkv, Dv]
@@ -65,6 +72,12 @@ struct AttentionDecodeParams : AttentionShape {
   void* out = nullptr;                   // [B, Sq, H, Dv]
   float* lse = nullptr;                  // [B, Sq, H] contiguous
   int64_t page_size = 0, max_pages = 0;  // with block_table
+  // A shared prefix: keys that stand before every sequence's own; seqlens does not count them, positions go on from them.
+  const void* prefix_k = nullptr;         // [Tp, Hkv, D], or pages [P, prefix_page_size, Hkv, D]; null: no prefix
+  const void* prefix_v = nullptr;         // [Tp, Hkv, Dv], or pages
+  const int32_t* prefix_table = nullptr;  // page numbers of the prefix; null: one run of keys
+  int64_t prefix_length = 0, prefix_page_size = 0;
+  int64_t prefix_k_stride[3] = {0, 0, 0}, prefix_v_stride[3] = {0, 0, 0};  // {page or 0, position or slot, head}
   int64_t q_stride[3] = {0, 0, 0}, out_stride[3] = {0, 0, 0};
   int64_t k_stride[3] = {0, 0, 0}, v_stride[3] = {0, 0, 0};  // {cache row or page, position or slot, head}
 };

@@ -59,11 +59,15 @@ def cpu_covers(
     return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
 
 
-def _shape_fields(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *mask: Any) -> dict[str, Any]:
+def _shape_fields(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, *mask: Any
+) -> dict[str, Any]:
+    """Packed tensors count one row less of dimensions: sizes from the back."""
     window_left, window_right, chunk, softcap = mask
     return dict(
-        dtype=DTYPE_CODES[q.dtype], batch=q.shape[0], q_len=q.shape[1], k_len=k.shape[1], heads=q.shape[2],
-        kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], scale=scale, causal=int(causal),
+        dtype=DTYPE_CODES[q.dtype], batch=len(q) if cu_seqlens is None else len(cu_seqlens) - 1, q_len=q.shape[-3],
+        k_len=k.shape[-3], heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1], value_dim=v.shape[-1],
+        scale=scale, causal=int(causal),
         window_left=window_left, window_right=window_right, chunk=chunk, softcap=softcap,
         threads=torch.get_num_threads(),
     )
@@ -75,11 +79,13 @@ def cpu_forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     out, lse = _results(q, v)
-    key_start, sinks = _contiguous(key_start, torch.int32), _contiguous(sinks, torch.float32)
+    key_start, cu_q, cu_k = (_contiguous(x, torch.int32) for x in (key_start, cu_seqlens_q, cu_seqlens_k))
+    sinks = _contiguous(sinks, torch.float32)
     C.attention_forward(C.AttentionForwardParams(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), sinks=pointer(sinks), key_start=pointer(key_start),
-        out=out.data_ptr(), lse=lse.data_ptr(), q_stride=strides(q), k_stride=strides(k), v_stride=strides(v),
-        out_stride=strides(out), **_shape_fields(q, k, v, causal, scale, *mask),
+        cu_seqlens_q=pointer(cu_q), cu_seqlens_k=pointer(cu_k), out=out.data_ptr(), lse=lse.data_ptr(),
+        q_stride=strides(q), k_stride=strides(k), v_stride=strides(v),
+        out_stride=strides(out), **_shape_fields(q, k, v, cu_q, causal, scale, *mask),
     ))
     return out, lse
 
@@ -92,14 +98,16 @@ def cpu_backward(
     q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype), out))
     dq, dk, dv = (empty(tuple(x.shape), x) for x in (q, k, v))
     lse, dlse = lse.contiguous(), _contiguous(dlse, torch.float32)
-    key_start, wide_sinks = _contiguous(key_start, torch.int32), _contiguous(sinks, torch.float32)
+    key_start, cu_q, cu_k = (_contiguous(x, torch.int32) for x in (key_start, cu_seqlens_q, cu_seqlens_k))
+    wide_sinks = _contiguous(sinks, torch.float32)
     dsinks = None if wide_sinks is None else empty(tuple(wide_sinks.shape), wide_sinks)
     C.attention_backward(C.AttentionBackwardParams(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), dout=dout.data_ptr(),
-        dlse=pointer(dlse), sinks=pointer(wide_sinks), key_start=pointer(key_start), dq=dq.data_ptr(),
-        dk=dk.data_ptr(), dv=dv.data_ptr(), dsinks=pointer(dsinks), q_stride=strides(q), k_stride=strides(k),
+        dlse=pointer(dlse), sinks=pointer(wide_sinks), key_start=pointer(key_start),
+        cu_seqlens_q=pointer(cu_q), cu_seqlens_k=pointer(cu_k), dq=dq.data_ptr(), dk=dk.data_ptr(), dv=dv.data_ptr(),
+        dsinks=pointer(dsinks), q_stride=strides(q), k_stride=strides(k),
         v_stride=strides(v), out_stride=strides(out), dout_stride=strides(dout), dq_stride=strides(dq),
-        dk_stride=strides(dk), dv_stride=strides(dv), **_shape_fields(q, k, v, causal, scale, *mask),
+        dk_stride=strides(dk), dv_stride=strides(dv), **_shape_fields(q, k, v, cu_q, causal, scale, *mask),
     ))
     return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
 
@@ -122,14 +130,18 @@ def cpu_decode(
     q = rows_contiguous(q)
     out, lse = _results(q, v_cache)
     seqlens, block_table = seqlens.int().contiguous(), _contiguous(block_table, torch.int32)
-    sinks = _contiguous(sinks, torch.float32)
+    sinks, prefix_table = _contiguous(sinks, torch.float32), _contiguous(prefix_table, torch.int32)
+    prefix_k, prefix_v = (None if x is None else rows_contiguous(x) for x in (prefix_k, prefix_v))
     C.attention_decode(C.AttentionDecodeParams(
         q=q.data_ptr(), k=k_cache.data_ptr(), v=v_cache.data_ptr(), seqlens=seqlens.data_ptr(),
         block_table=pointer(block_table), sinks=pointer(sinks), out=out.data_ptr(), lse=lse.data_ptr(),
         page_size=0 if block_table is None else k_cache.shape[1],
-        max_pages=0 if block_table is None else block_table.shape[1], q_stride=strides(q), out_stride=strides(out),
+        max_pages=0 if block_table is None else block_table.shape[1], prefix_k=pointer(prefix_k), prefix_v=pointer(prefix_v),
+        prefix_table=pointer(prefix_table), prefix_length=prefix_length,
+        prefix_page_size=0 if prefix_table is None or prefix_k is None else prefix_k.shape[1],
+        prefix_k_stride=strides(prefix_k), prefix_v_stride=strides(prefix_v), q_stride=strides(q), out_stride=strides(out),
         k_stride=strides(k_cache), v_stride=strides(v_cache),
-        **_shape_fields(q, k_cache, v_cache, causal, scale, *mask),
+        **_shape_fields(q, k_cache, v_cache, None, causal, scale, *mask),
     ))
     return out, lse
 

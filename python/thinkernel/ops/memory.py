@@ -15,8 +15,10 @@ _poison = False
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides of a 4-D tensor before its last, contiguous dimension, in elements."""
-    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+    """Strides of [B, S, H, D], or of [S, H, D] with 0 in front, before the last, contiguous dimension; in elements."""
+    if x is None:
+        return 0, 0, 0
+    return (x.stride(0) if x.dim() == 4 else 0), x.stride(-3), x.stride(-2)
 
 
 def pointer(x: Tensor | None) -> int:
