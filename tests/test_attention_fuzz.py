@@ -89,7 +89,8 @@ def merge() -> dict[str, Any]:
 
 
 GOOD = [(tk.attention, dense), (tk.attention, packed), (tk.attention_decode, cache), (tk.attention_decode, pages),
-        (tk.attention_decode, prefixed), (tk.attention_decode, prefixed_pages), (tk.append_kv, append), (tk.append_kv, append_pages), (tk.merge_attention, merge)]
+        (tk.attention_decode, prefixed), (tk.attention_decode, prefixed_pages), (tk.append_kv, append), (tk.append_kv, append_pages),
+        (tk.merge_attention, merge)]
 
 
 # ---- what is wrong with each ---------------------------------------------------------------------------------------
@@ -127,7 +128,8 @@ DENSE = [
     ("k", dict(k=meta(B, T, Hkv, D))), ("v", dict(v=meta(B, T, Hkv, Dv))), ("k", dict(q=meta(B, S, H, D))),
     ("key_start", dict(key_start=ints(0, 10))), ("key_start", dict(key_start=ints(-1, 0))), ("key_start", dict(key_start=ints(0))),
     ("key_start", dict(key_start=ints(0, 0, 0))), ("key_start", dict(key_start=ints([0, 0]))), ("key_start", dict(key_start=3)),
-    ("key_start", dict(key_start=[0, 1])), ("key_start", dict(key_start=torch.zeros(2))), ("key_start", dict(key_start=meta(2, dtype=torch.int32))),
+    ("key_start", dict(key_start=[0, 1])), ("key_start", dict(key_start=torch.zeros(2))),
+    ("key_start", dict(key_start=meta(2, dtype=torch.int32))),
     ("key_start", dict(key_start=torch.zeros(2, dtype=torch.int16))), ("key_start", dict(key_start=torch.tensor([True, False]))),
     ("key_start", dict(key_start=ints(0, 2**31, dtype=torch.int64))), ("key_start", dict(key_start=ints(0, -(2**62), dtype=torch.int64))),
     ("key_start", dict(key_start=ints(0, 2**32, dtype=torch.int64))), ("key_start", dict(key_start=ints(10, 0), causal=False)),
@@ -140,7 +142,8 @@ PACKED = [
     ("q", dict(q=normal(1, 10, H, D))), ("k", dict(k=normal(1, 12, Hkv, D))), ("v", dict(v=normal(1, 12, Hkv, Dv))),
     ("v", dict(v=normal(11, Hkv, Dv))), ("k", dict(k=normal(12, 3, D), v=normal(12, 3, Dv))),
     *[(name, {name: bad}) for name, end in (("cu_seqlens_q", 10), ("cu_seqlens_k", 12)) for bad in (
-        ints(0, 7, end - 1), ints(0, 4, end + 1), ints(1, 4, end), ints(-1, 4, end), ints(0, end + 1, end), ints(0, -2, end), ints(4, 0, end),
+        ints(0, 7, end - 1), ints(0, 4, end + 1), ints(1, 4, end), ints(-1, 4, end), ints(0, end + 1, end), ints(0, -2, end),
+        ints(4, 0, end),
         ints(0, 4, end).float(), ints(0, 4, end).short(), ints([0, 4, end]), meta(3, dtype=torch.int32), [0, 4, end], end,
         ints(0, 2**32, end, dtype=torch.int64), ints(0, 4, 2**32 + end, dtype=torch.int64))],
     ("cu_seqlens_q", dict(cu_seqlens_q=ints(), cu_seqlens_k=ints())), ("cu_seqlens_q", dict(cu_seqlens_q=ints(0), cu_seqlens_k=ints(0))),
@@ -155,27 +158,36 @@ CACHE = [
     ("v_cache", dict(v_cache=normal(T, Hkv, Dv))), ("k_cache", dict(k_cache=normal(B + 1, T, Hkv, D), v_cache=normal(B + 1, T, Hkv, Dv))),
     ("v_cache", dict(v_cache=normal(B, T - 1, Hkv, Dv))), ("v_cache", dict(v_cache=normal(B, T, 1, Dv))),
     ("k_cache", dict(k_cache=normal(B, T, Hkv, D - 1))), ("k_cache", dict(k_cache=normal(B, T, 3, D), v_cache=normal(B, T, 3, Dv))),
-    ("k_cache", dict(k_cache=normal(B, T, Hkv, D, dtype=torch.bfloat16))), ("v_cache", dict(v_cache=normal(B, T, Hkv, Dv, dtype=torch.float16))),
+    ("k_cache", dict(k_cache=normal(B, T, Hkv, D, dtype=torch.bfloat16))),
+    ("v_cache", dict(v_cache=normal(B, T, Hkv, Dv, dtype=torch.float16))),
     ("k_cache", dict(k_cache=torch.ones(B, T, Hkv, D, dtype=torch.int8))), ("k_cache", dict(k_cache=meta(B, T, Hkv, D))),
     ("v_cache", dict(v_cache=meta(B, T, Hkv, Dv))), ("q", dict(q=normal(B, S, 0, D))),
     ("k_cache", dict(k_cache=normal(B, T, Hkv, D).to_sparse())),
     *[("seqlens", dict(seqlens=x)) for x in (
-        ints(10, 5), ints(9, -1), ints(9), ints(9, 5, 1), ints([9, 5]), torch.tensor(9), ints(9, 5).float(), ints(9, 5).short(), [9, 5], 9, None,
-        meta(2, dtype=torch.int32), ints(9, 2**31, dtype=torch.int64), ints(9, 2**32 + 5, dtype=torch.int64), ints(9, -(2**40), dtype=torch.int64),
+        ints(10, 5), ints(9, -1), ints(9), ints(9, 5, 1), ints([9, 5]), torch.tensor(9), ints(9, 5).float(), ints(9, 5).short(),
+        [9, 5], 9, None,
+        meta(2, dtype=torch.int32), ints(9, 2**31, dtype=torch.int64), ints(9, 2**32 + 5, dtype=torch.int64), ints(9, -(2**40),
+        dtype=torch.int64),
         torch.tensor([True, True]))],
     *[(name, {name: x}) for name in ("q", "k_cache", "v_cache") for x in [None, *NOT_TENSORS]],
     *[(name, {name: x}) for name, x in OPTIONS],
     *[("prefix", dict(prefix=x)) for x in (
-        normal(6, Hkv, D), (), prefix_of()[:2], (*prefix_pages(), 1), 5, "abc", {"k": 1}, prefix_of(None), prefix_of(-1), prefix_of(7), prefix_of(2**70),
-        prefix_of(2.0), prefix_of(True), prefix_of("5"), prefix_of(torch.tensor(5)), prefix_of(k=None), prefix_of(v=None), prefix_of(k=[1.0]),
+        normal(6, Hkv, D), (), prefix_of()[:2], (*prefix_pages(), 1), 5, "abc", {"k": 1}, prefix_of(None), prefix_of(-1), prefix_of(7),
+        prefix_of(2**70),
+        prefix_of(2.0), prefix_of(True), prefix_of("5"), prefix_of(torch.tensor(5)), prefix_of(k=None), prefix_of(v=None),
+        prefix_of(k=[1.0]),
         prefix_of(k=normal(1, 6, Hkv, D)), prefix_of(v=normal(6, Dv)), prefix_of(k=normal(6, H, D)), prefix_of(k=normal(6, Hkv, D + 1)),
-        prefix_of(v=normal(6, Hkv, D)), prefix_of(v=normal(3, Hkv, Dv)), prefix_of(k=normal(5, Hkv, D)), prefix_of(k=normal(6, Hkv, D, dtype=torch.bfloat16)),
+        prefix_of(v=normal(6, Hkv, D)), prefix_of(v=normal(3, Hkv, Dv)), prefix_of(k=normal(5, Hkv, D)),
+        prefix_of(k=normal(6, Hkv, D, dtype=torch.bfloat16)),
         prefix_of(v=normal(6, Hkv, Dv, dtype=torch.float16)), prefix_of(k=ints(0).expand(6, Hkv, D)), prefix_of(k=meta(6, Hkv, D)),
         prefix_of(v=meta(6, Hkv, Dv)), prefix_of(v=normal(6, Hkv, Dv).to_sparse()),
         prefix_pages(13), prefix_pages(-1), prefix_pages(2**40), prefix_pages(table=ints(4, 5, 2)), prefix_pages(table=ints(4, -1, 2)),
-        prefix_pages(table=ints(4, 0, 2**20)), prefix_pages(table=ints(4, 2**32, 2, dtype=torch.int64)), prefix_pages(table=ints([4, 0, 2])),
-        prefix_pages(table=ints(4, 0, 2).float()), prefix_pages(table=[4, 0, 2]), prefix_pages(table=3), prefix_pages(table=meta(3, dtype=torch.int32)),
-        prefix_pages(table=ints()), prefix_pages(table=ints(4, 0)), prefix_pages(k=normal(6, Hkv, D)), prefix_pages(v=normal(5, PAGE, H, Dv)),
+        prefix_pages(table=ints(4, 0, 2**20)), prefix_pages(table=ints(4, 2**32, 2, dtype=torch.int64)),
+        prefix_pages(table=ints([4, 0, 2])),
+        prefix_pages(table=ints(4, 0, 2).float()), prefix_pages(table=[4, 0, 2]), prefix_pages(table=3),
+        prefix_pages(table=meta(3, dtype=torch.int32)),
+        prefix_pages(table=ints()), prefix_pages(table=ints(4, 0)), prefix_pages(k=normal(6, Hkv, D)),
+        prefix_pages(v=normal(5, PAGE, H, Dv)),
         prefix_pages(v=normal(4, PAGE, Hkv, Dv)), prefix_pages(v=normal(5, PAGE - 1, Hkv, Dv)),
         prefix_pages(0, k=normal(5, 0, Hkv, D), v=normal(5, 0, Hkv, Dv)), prefix_pages(k=normal(5, PAGE, Hkv, D, dtype=torch.float64)))],
 ]
@@ -186,20 +198,25 @@ TABLES = [  # of the cache's pages, in decode and append alike
     ("block_table", dict(block_table=ints([0, 3, 2**32], [1, 2, 6], dtype=torch.int64))), ("block_table", dict(block_table=ints(0, 3, 5))),
     ("block_table", dict(block_table=ints([0, 3, 5]))), ("block_table", dict(block_table=ints([0, 3, 5], [1, 2, 6]).float())),
     ("block_table", dict(block_table=ints([0, 3, 5], [1, 2, 6]).short())), ("block_table", dict(block_table=[[0, 3, 5], [1, 2, 6]])),
-    ("block_table", dict(block_table=5)), ("block_table", dict(block_table=meta(2, 3, dtype=torch.int32))), ("seqlens", dict(seqlens=ints(13, 5))),
-    ("seqlens", dict(seqlens=ints(9, -3))), ("seqlens", dict(block_table=ints([0, 3], [1, 2]))), ("seqlens", dict(block_table=ints([], []))),
+    ("block_table", dict(block_table=5)), ("block_table", dict(block_table=meta(2, 3, dtype=torch.int32))),
+    ("seqlens", dict(seqlens=ints(13, 5))),
+    ("seqlens", dict(seqlens=ints(9, -3))), ("seqlens", dict(block_table=ints([0, 3], [1, 2]))),
+    ("seqlens", dict(block_table=ints([], []))),
     ("k_cache", dict(k_cache=normal(7, 0, Hkv, D), v_cache=normal(7, 0, Hkv, Dv))), ("v_cache", dict(v_cache=normal(6, PAGE, Hkv, Dv))),
     ("v_cache", dict(v_cache=normal(7, PAGE - 1, Hkv, Dv))), ("k_cache", dict(k_cache=normal(7 * PAGE, Hkv, D))),
 ]
 
 APPEND = [
     ("k_new", dict(k_new=normal(B, S, H, D))), ("k_new", dict(k_new=normal(B, S, Hkv, D + 1))), ("k_new", dict(k_new=normal(B, Hkv, D))),
-    ("v_new", dict(v_new=normal(B, S, Hkv, D))), ("v_new", dict(v_new=normal(B, S + 1, Hkv, Dv))), ("v_new", dict(v_new=normal(1, S, Hkv, Dv))),
+    ("v_new", dict(v_new=normal(B, S, Hkv, D))), ("v_new", dict(v_new=normal(B, S + 1, Hkv, Dv))),
+    ("v_new", dict(v_new=normal(1, S, Hkv, Dv))),
     ("v_new", dict(v_new=normal(S, Hkv, Dv))), ("seqlens", dict(k_new=normal(1, S, Hkv, D), v_new=normal(1, S, Hkv, Dv))),
     ("k_new", dict(k_new=torch.ones(B, S, Hkv, D, dtype=torch.int32))), ("v_new", dict(v_new=meta(B, S, Hkv, Dv))),
     ("k_cache", dict(k_new=meta(B, S, Hkv, D), v_new=meta(B, S, Hkv, Dv))), ("k_cache", dict(k_cache=normal(B, T, Hkv))),
-    ("v_cache", dict(v_cache=normal(B, T - 4, Hkv, Dv))), ("v_cache", dict(v_cache=normal(B, T, H, Dv))), ("v_cache", dict(v_cache=meta(B, T, Hkv, Dv))),
-    ("k_cache", dict(k_cache=normal(B, 1, Hkv, D).expand(B, T, Hkv, D))), ("v_cache", dict(v_cache=normal(1, T, Hkv, Dv).expand(B, T, Hkv, Dv))),
+    ("v_cache", dict(v_cache=normal(B, T - 4, Hkv, Dv))), ("v_cache", dict(v_cache=normal(B, T, H, Dv))),
+    ("v_cache", dict(v_cache=meta(B, T, Hkv, Dv))),
+    ("k_cache", dict(k_cache=normal(B, 1, Hkv, D).expand(B, T, Hkv, D))),
+    ("v_cache", dict(v_cache=normal(1, T, Hkv, Dv).expand(B, T, Hkv, Dv))),
     ("k_cache", dict(k_cache=normal(B + 1, T, Hkv, D), v_cache=normal(B + 1, T, Hkv, Dv))),
     *[("seqlens", dict(seqlens=x)) for x in (ints(10, 5), ints(9, -1), ints(9), ints([9, 5]), ints(9, 5).float(), [9, 5], None,
                                              ints(9, 2**33, dtype=torch.int64), meta(2, dtype=torch.int32))],
@@ -210,7 +227,8 @@ MERGE = [
     ("out_b", dict(out_b=normal(B, S, H, Dv + 1))), ("out_b", dict(out_b=normal(B, S, Dv))), ("lse_a", dict(lse_a=normal(B, S, H + 1))),
     ("lse_b", dict(lse_b=normal(B, S))), ("lse_a", dict(lse_a=normal(B, H, S))), ("lse_a", dict(lse_a=normal(B, S, H, 1))),
     ("out_b", dict(out_b=normal(B, S, H, Dv, dtype=torch.bfloat16))), ("out_a", dict(out_a=ints(1).expand(B, S, H, Dv))),
-    ("lse_a", dict(lse_a=torch.ones(B, S, H, dtype=torch.int64))), ("lse_b", dict(lse_b=meta(B, S, H))), ("out_b", dict(out_b=meta(B, S, H, Dv))),
+    ("lse_a", dict(lse_a=torch.ones(B, S, H, dtype=torch.int64))), ("lse_b", dict(lse_b=meta(B, S, H))),
+    ("out_b", dict(out_b=meta(B, S, H, Dv))),
     ("out_a", dict(out_a=torch.tensor(1.0))), ("out_a", dict(out_a=normal(B, S, H, Dv).to_sparse())),
     *[(name, {name: x}) for name in ("out_a", "lse_a", "out_b", "lse_b") for x in (None, 3, [1.0])],
 ]
@@ -218,7 +236,8 @@ MERGE = [
 CALLS = [
     (function, good, name, change)
     for function, good, table in (
-        (tk.attention, dense, DENSE), (tk.attention, packed, PACKED), (tk.attention_decode, cache, CACHE), (tk.attention_decode, pages, TABLES),
+        (tk.attention, dense, DENSE), (tk.attention, packed, PACKED), (tk.attention_decode, cache, CACHE),
+        (tk.attention_decode, pages, TABLES),
         (tk.append_kv, append, APPEND), (tk.append_kv, append_pages, TABLES), (tk.merge_attention, merge, MERGE))
     for name, change in table
 ]

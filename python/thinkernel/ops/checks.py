@@ -59,19 +59,19 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(repr(c) for c in choices)}")
 
 
-def number(name: str, value: Any, what: str = "a finite number") -> None:
+def number(name: str, value: Any, what: str = "a finite number") -> float:
     """A number that float32 can hold: kernels compute in it."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, takes {what}")
     if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
         raise ValueError(f"{name}: got {value}, takes {what} (at most {FLOAT32_MAX:.2g}, what float32 holds)")
+    return float(value)
 
 
 def positive(name: str, value: float | None, *, none_is_fine: bool = True) -> None:
     if value is None and none_is_fine:
         return
-    number(name, value, "a positive number")
-    if value < FLOAT32_TINY:
+    if number(name, value, "a positive number") < FLOAT32_TINY:
         raise ValueError(f"{name}: got {value}, takes a positive number (at least {FLOAT32_TINY:.2g}, what float32 holds)")
 
 
