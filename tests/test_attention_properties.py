@@ -402,7 +402,8 @@ def check_bits(seed: int) -> None:
     for i in range(B):
         at = {"dk": offset[1], "dv": offset[1]}
         bounds = {name: at.get(name, offset[0])[i + 1 : i + 3].tolist() for name in row}
-        same({name: found[name][a:z] for name, (a, z) in bounds.items()}, {name: want[name][i] for name in row}, f"packed sequence {i}, {what}")
+        part, dense = {name: found[name][a:z] for name, (a, z) in bounds.items()}, {name: want[name][i] for name in row}
+        same(part, dense, f"packed sequence {i}, {what}")
 
 
 @pytest.mark.parametrize("seed", range(60))
