@@ -195,16 +195,22 @@ template <class S> inline S* at(void* base, const int64_t stride[3], int64_t b, 
   return (S*)base + b * stride[0] + s * stride[1] + h * stride[2];
 }
 
-// The queries and results of forward and decode alike.
+// The queries and results of forward and decode alike, of one length or packed.
 struct Queries {
-  const void* q;       // [B, S, H, D]
+  const void* q;       // [B, S, H, D]; packed [N, H, D]
   void* out;           // [B, S, H, Dv]
   float* lse;          // [B, S, H]
   const float* sinks;  // [H] or null
   const int64_t *q_stride, *out_stride;
+  int64_t q_len;                        // S
+  const int32_t* cu_seqlens = nullptr;  // [B + 1] packed: sequence b holds rows cu_seqlens[b] ... of one batch row
+
+  int64_t first(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : 0; }
+  int64_t length(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] - cu_seqlens[b] : q_len; }
+  int64_t lse_row(int64_t b, int64_t i) const { return cu_seqlens ? cu_seqlens[b] + i : b * q_len + i; }
 };
 
-// The valid keys of each batch row, j = 0 ... count(b) - 1, in a tensor or in pages.
+// The valid keys of each sequence, j = 0 ... count(b) - 1: in a tensor, packed one after another, or in pages.
 struct Keys {
   const void *k, *v;
   const int64_t *k_stride, *v_stride;
@@ -213,9 +219,10 @@ struct Keys {
   const int32_t* seqlens = nullptr;   // T of each row, instead of k_len
   const int32_t* block_table = nullptr;
   int64_t page_size = 0, max_pages = 0;
+  const int32_t* cu_seqlens = nullptr;  // [B + 1] packed
 
-  int64_t start(int64_t b) const { return key_start ? key_start[b] : 0; }
-  int64_t length(int64_t b) const { return seqlens ? seqlens[b] : k_len; }  // T of this row
+  int64_t start(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : key_start ? key_start[b] : 0; }
+  int64_t length(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] : seqlens ? seqlens[b] : k_len; }  // past the last key
   int64_t count(int64_t b) const { return length(b) - start(b); }
   // Keys from j on that lie at a constant stride.
   int64_t run(int64_t j, int64_t end) const { return block_table ? least(end - j, page_size - j % page_size) : end - j; }
