@@ -83,7 +83,6 @@ template <class St> struct Forward {
       if (seen[r].lo == seen[r].hi) continue;
       first = least(first, seen[r].lo), last = most(last, seen[r].hi);
     }
-    memset(x.o, 0, rows * ldo * sizeof(float));
     if (last > first) pack_queries(b, kv_head, r0, rows, x);
 
     Block block(p, x.block);
@@ -92,10 +91,17 @@ template <class St> struct Forward {
       const T *k = packed.k + split * k_split, *v = packed.v + split * v_split;
       for (int64_t r = 0; r < rows; r += kRows) {
         const int64_t here = least(kRows, rows - r);
-        if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k, v)) continue;
+        bool fresh = true;  // no row has a result yet: the split's is the result
+        for (int64_t i = r; i < r + here; ++i) fresh &= m[i] == -INFINITY;
+        float* o = x.o + r * ldo;
+        if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k, v, fresh ? o : block.o_split)) continue;
+        if (fresh) {
+          memcpy(m + r, block.ms, here * sizeof(float)), memcpy(l + r, block.ls, here * sizeof(float));
+          continue;
+        }
         for (int64_t i = 0; i < here; ++i)
           if (block.ms[i] != -INFINITY)
-            merge_row(block.transform, m + r + i, l + r + i, x.o + (r + i) * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
+            merge_row(block.transform, m + r + i, l + r + i, o + i * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
