@@ -41,7 +41,7 @@ inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
 // 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
 // and no subnormals appear. NaN stays NaN. Degree 6 on [-1/2, 1/2], minimax.
 // x = 2^x, N vectors step by step together: one alone is a chain of 14 dependent instructions.
-template <int N> inline void exp2_fast(vf* x) {
+template <int N> inline __attribute__((always_inline)) void exp2_fast(vf* x) {
   constexpr float kC[7] = {1.0f,           6.931472028e-1f, 2.402264791e-1f, 5.550332472e-2f,
                            9.618437357e-3f, 1.339887440e-3f, 1.535336188e-4f};
   vf n[N], p[N];
@@ -96,18 +96,9 @@ struct Transform {
 template <class T> struct Probs;
 template <> struct Probs<float> {
   static constexpr int64_t size(int64_t) { return 0; }
-  static void put(float* scores, float*, int64_t r, int64_t k, const vf* x) {
-    for (int u = 0; u < kLine / W; ++u) store(scores + r * kLd + k + u * W, x[u]);
-  }
-  // C = P[:, k0:k1] V[k0:k1]
-  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float* scores, const float*, const float* v,
-                    int64_t v_panel, float* c, int64_t ldc) {
-    using G = Gemm<float>;
-    for (int64_t k = k0; k < k1;) {  // Gemm's summation blocks count from the split's first key, not from k0
-      const int64_t end = least(round_down(k, G::KB) + G::KB, k1);
-      G::gemm_panels<kLd, 1>(M, N, end - k, scores + k, G::MR * kLd, v + k * G::NR, v_panel, c, ldc, k > k0);
-      k = end;
-    }
+  static float* row(float* scores, float*, int64_t r) { return scores + r * kLd; }
+  static void put(float* row, int64_t k, const vf* x) {
+    for (int u = 0; u < kLine / W; ++u) store(row + k + u * W, x[u]);
   }
 };
 #if defined(__AMX_BF16__)
@@ -115,13 +106,9 @@ template <> struct Probs<bf16> {
   using G = Gemm<bf16>;
   static constexpr int64_t kPanel = G::MR * kSplit;
   static constexpr int64_t size(int64_t rows) { return rows * kSplit; }
-  static void put(float*, bf16* probs, int64_t r, int64_t k, const vf* x) {
-    bf16* line = probs + r / 32 * kPanel + k * 32 + r % 32 * 32;
-    _mm512_store_si512(line, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
-  }
-  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float*, const bf16* probs, const bf16* v,
-                    int64_t v_panel, float* c, int64_t ldc) {
-    G::gemm_panels(M, N, k1 - k0, probs + k0 * G::MR, kPanel, v + k0 * G::NR, v_panel, c, ldc, false);
+  static bf16* row(float*, bf16* probs, int64_t r) { return probs + r / 32 * kPanel + r % 32 * 32; }
+  static void put(bf16* row, int64_t k, const vf* x) {
+    _mm512_store_si512(row + k * 32, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
   }
 };
 #endif
@@ -144,7 +131,7 @@ inline float row_max(const Transform& f, float* s, const RowLines& x) {
     for (int64_t k = x.first; k < x.last; k += W) store(s + k, f.apply(load(s + k)));
   vf top[N];
   for (int i = 0; i < N; ++i) top[i] = splat(kNoScore);
-  const auto edge = [&](int64_t k) {
+  const auto edge = [&](int64_t k) __attribute__((always_inline)) {
     for (int u = 0; u < U; ++u) top[u] = max(select(x.inside(k + u * W), load(s + k + u * W), splat(kNoScore)), top[u]);
   };
   int64_t k = x.first;
@@ -157,22 +144,29 @@ inline float row_max(const Transform& f, float* s, const RowLines& x) {
   return reduce_max(top[0]);
 }
 
+struct NoWork {
+  void tick() {}
+};
+
 // Row r of a block: its transformed scores, whose maximum is m, -> probabilities over [k0, k1), zeros outside [lo, hi), and
-// their sum. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1.
-template <class T>
-inline float row_probs(const Transform& f, float m, float* scores, T* probs, int64_t r, const RowLines& at, int64_t k0, int64_t k1) {
+// their sum. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1. beside.tick() is called once a step.
+template <class T, class Work>
+inline __attribute__((always_inline)) float row_probs(const Transform& f, float m, float* scores, T* probs, int64_t r,
+                                                      const RowLines& at, int64_t k0, int64_t k1, Work& beside) {
   constexpr int U = kLine / W, N = kStep;
   const float* s = scores + r * kLd;
+  T* row = Probs<T>::row(scores, probs, r);
   const vf c = splat(f.c), shift = splat(m);
   vf sum[U], x[N];
   for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
   int64_t k = k0;
-  for (; k < at.first; k += kLine) Probs<T>::put(scores, probs, r, k, x);
-  const auto edge = [&](int64_t k) {
+  for (; k < at.first; k += kLine) Probs<T>::put(row, k, x);
+  // inline, or else x and sum would live in memory
+  const auto edge = [&](int64_t k) __attribute__((always_inline)) {
     for (int u = 0; u < U; ++u) x[u] = (load(s + k + u * W) - shift) * c;
     exp2_fast<U>(x);
     for (int u = 0; u < U; ++u) sum[u] += x[u] = select(at.inside(k + u * W), x[u], zero());
-    Probs<T>::put(scores, probs, r, k, x);
+    Probs<T>::put(row, k, x);
   };
   if (k < at.inner) edge(k), k += kLine;
   for (; k + N * W <= at.inner_end; k += N * W) {
@@ -184,11 +178,12 @@ inline float row_probs(const Transform& f, float m, float* scores, T* probs, int
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) sum[i % U] += x[i];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; i += U) Probs<T>::put(scores, probs, r, k + i * W, x + i);
+    for (int i = 0; i < N; i += U) Probs<T>::put(row, k + i * W, x + i);
+    beside.tick();
   }
   for (; k < at.last; k += kLine) edge(k);
   for (int u = 0; u < U; ++u) x[u] = zero();
-  for (; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+  for (; k < k1; k += kLine) Probs<T>::put(row, k, x);
   for (int u = 1; u < U; ++u) sum[0] += sum[u];
   return reduce_add(sum[0]);
 }
@@ -199,14 +194,15 @@ inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, 
                         int64_t k1, float* m, float* l) {
   const RowLines at{lo, hi};
   *m = row_max(f, scores + r * kLd, at);
-  *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1);
+  NoWork none;
+  *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1, none);
 }
 
 // A row that sees nothing of [k0, k1).
 template <class T> inline void blank_row(float* scores, T* probs, int64_t r, int64_t k0, int64_t k1) {
   vf x[kLine / W];
   for (vf& v : x) v = zero();
-  for (int64_t k = k0; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+  for (int64_t k = k0; k < k1; k += kLine) Probs<T>::put(Probs<T>::row(scores, probs, r), k, x);
 }
 
 // (m, l, o) += (ms, ls, os): the running result of a row takes in the next split. Starts from m = -inf, o is then not read.
@@ -313,52 +309,6 @@ inline void pack_split(const Keys& x, int64_t b, int64_t h, int64_t j, int64_t k
       Mm::pack_b_t(src + d, x.v_stride[1], least(Mm::NR, Dv - d), n, v + d * keys_p + (i - j) * Mm::NR);
   }
 }
-
-// A block of rows against one split of keys: scores, softmax, values.
-template <class T> struct SplitBlock {
-  using Mm = Gemm<T>;
-  static constexpr int64_t kRows = W < 16 ? 4 * Mm::MR : 64 / Mm::MR * Mm::MR;  // 64 (bf16), 60 (AVX-512), 24
-  const Transform transform;
-  const int64_t D, Dv, ldo = round_up(Dv, Mm::NR);
-  float* scores;   // [kRows, kLd]
-  T* probs;        // bf16: packed [kRows, kSplit]
-  float* o_split;  // [kRows, ldo]
-  float ms[kRows], ls[kRows];  // the split's maximum (-inf: the row sees nothing of it) and sum
-
-  static int64_t floats(int64_t Dv) { return kRows * (kLd + round_up(Dv, Mm::NR)) + Probs<T>::size(kRows) / 2; }
-  SplitBlock(const AttentionShape& s, float* scratch)
-      : transform(s), D(s.head_dim), Dv(s.value_dim), scores(scratch), probs((T*)(scratch + kRows * kLd)),
-        o_split(scratch + kRows * kLd + Probs<T>::size(kRows) / 2) {}
-
-  // rows <= kRows packed queries q that see `seen` of the keys [base, base + keys) packed in k and v -> ms, ls and, where
-  // ms is not -inf, o [rows, ldo]; false: they see nothing of them.
-  bool run(int64_t rows, const Range* seen, int64_t base, int64_t keys, const T* q, const T* k, const T* v, float* o) {
-    int64_t k0 = keys, k1 = 0;
-    const auto clip = [&](int64_t r) { return Range{most(seen[r].lo - base, 0), least(seen[r].hi - base, keys)}; };
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range c = clip(r);
-      if (c.lo < c.hi) k0 = least(k0, c.lo), k1 = most(k1, c.hi);
-    }
-    if (k0 >= k1) return false;
-    k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
-
-    const int64_t M = round_up(rows, Mm::MR), kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys);
-    Mm::gemm_panels(M, k1 - k0, D, q, Mm::MR * kp, k + k0 * kp, Mm::NR * kp, scores + k0, kLd, false);
-    const auto find_max = [&](int64_t r) {
-      const Range c = clip(r);
-      ms[r] = c.lo < c.hi ? row_max(transform, scores + r * kLd, RowLines{c.lo, c.hi}) : -INFINITY;
-    };
-    find_max(0);
-    for (int64_t r = 0; r < rows; ++r) {
-      if (r + 1 < rows) find_max(r + 1);  // a row ahead: nobody waits for the reduction over the lanes
-      const Range c = clip(r);
-      if (c.lo < c.hi) ls[r] = row_probs<T>(transform, ms[r], scores, probs, r, RowLines{c.lo, c.hi}, k0, k1);
-      else blank_row<T>(scores, probs, r, k0, k1);
-    }
-    Probs<T>::times(M, ldo, k0, least(k1, keys_p), scores, probs, v, Mm::NR * keys_p, o, ldo);
-    return true;
-  }
-};
 
 // Forward over keys in a tensor or in pages, every row through its splits in order (attention_forward.cpp).
 void attention_rows(const AttentionShape& s, const Queries& q, const Keys& k);

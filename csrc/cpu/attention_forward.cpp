@@ -11,8 +11,8 @@
 // of lengths come out even that way; S and T are each sequence's own.
 //
 // B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim.
-#include "attention_block.h"
 #include "attention_kernels.h"
+#include "attention_split.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -85,25 +85,48 @@ template <class St> struct Forward {
     }
     if (last > first) pack_queries(b, kv_head, r0, rows, x);
 
+    // Units: for each split, for each block of kRows rows. While one is in its softmax, the one before multiplies its
+    // values and the one after its scores.
     Block block(p, x.block);
-    for (int64_t split = first / kSplit; split * kSplit < last; ++split) {
-      const int64_t base = split * kSplit, count = least(kSplit, n - base);
-      const T *k = packed.k + split * k_split, *v = packed.v + split * v_split;
-      for (int64_t r = 0; r < rows; r += kRows) {
-        const int64_t here = least(kRows, rows - r);
-        bool fresh = true;  // no row has a result yet: the split's is the result
-        for (int64_t i = r; i < r + here; ++i) fresh &= m[i] == -INFINITY;
-        float* o = x.o + r * ldo;
-        if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k, v, fresh ? o : block.o_split)) continue;
-        if (fresh) {
-          memcpy(m + r, block.ms, here * sizeof(float)), memcpy(l + r, block.ls, here * sizeof(float));
-          continue;
-        }
-        for (int64_t i = 0; i < here; ++i)
-          if (block.ms[i] != -INFINITY)
-            merge_row(block.transform, m + r + i, l + r + i, o + i * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
+    const auto count = [&](const Unit& u) { return least(kSplit, n - u.split * kSplit); };
+    const auto next = [&](Unit& u) {
+      do {
+        u.row += kRows;
+        if (u.row >= rows) u.row = 0, ++u.split;
+        if (u.split * kSplit >= last) return false;
+        u.rows = least(kRows, rows - u.row);
+      } while (!block.bounds(u, seen, count(u)));
+      return true;
+    };
+    const auto scores = [&](const Unit& u, int place) { block.scores(u, block.places[place], x.q, packed.k + u.split * k_split); };
+    bool fresh = false;  // no row of the unit has a result yet: the split's is the result
+    const auto values = [&](const Unit& u, int place) {
+      fresh = true;
+      for (int64_t r = u.row; r < u.row + u.rows; ++r) fresh &= m[r] == -INFINITY;
+      block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
+    };
+    const auto merge = [&](const Unit& u, int place) {
+      const typename Block::Place& y = block.places[place];
+      for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
+        if (fresh) m[r] = y.ms[i], l[r] = y.ls[i];
+        else if (y.ms[i] != -INFINITY) merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
       }
+    };
+    Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
+    int place = 0;
+    bool going = next(now), any = false;
+    if (going) scores(now, place), block.products.finish();
+    for (; going; place ^= 1, any = true) {
+      after = now;
+      going = next(after);
+      if (any) values(before, place ^ 1);
+      if (going) scores(after, place ^ 1);
+      block.softmax(now, block.places[place], seen, count(now));
+      block.products.finish();
+      if (any) merge(before, place ^ 1);
+      before = now, now = after;
     }
+    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = (r0 + r) % S, h = kv_head * G + (r0 + r) / S;
       finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
