@@ -2,7 +2,6 @@
 transformers' eager attention with its masks, as gpt-oss, Gemma 2, Mistral, Qwen 3 and Llama 4 compute it.
 
 The peer's float64 result is the truth: our float64 reference agrees with it to rounding, and the C++ kernels by the numerics rule
-The peer's float64 result is the truth: our float64 reference agrees with it to rounding, and the C++ kernels by the numerics rule
 (its baseline is torch_attention, not the peer: an eager softmax over one key has no error at all).
 Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, D head dim.
 """

@@ -314,7 +314,8 @@ def random_step(seed: int, *, bits: bool = False) -> Step:
         prefix = rng.choice([512, 1024]) if bits else rng.choice([0, 1, rng.randint(1, 40), rng.randint(30, 150),
         512, rng.randint(500, 700)])
     return Step(
-        seed=seed, dtype=DTYPES[seed % 3], Sq=Sq, T=T, H=Hkv * group, Hkv=Hkv, D=D, Dv=rng.choice([D, D, 128 if D == 192 else head_dim(rng)]),
+        seed=seed, dtype=DTYPES[seed % 3], Sq=Sq, T=T, H=Hkv * group, Hkv=Hkv, D=D,
+        Dv=rng.choice([D, D, 128 if D == 192 else head_dim(rng)]),
         seqlens=tuple(lengths), page=rng.choice([0, 0, 1, 3, 16, rng.randint(1, 70), 64, 128]),
         options={"causal": rng.random() < 0.85, **features(rng)}, sinks=rng.random() < 0.25, prefix=prefix,
         prefix_page=rng.choice([0, 0, 1, 16, rng.randint(1, 70)]),
