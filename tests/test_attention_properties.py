@@ -216,6 +216,20 @@ def test_any_attention(seed):
     check_prefill(seed)
 
 
+@pytest.mark.parametrize("sink", [60.0, 95.0, 1e4, -1e4, -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sink_far_from_the_scores(sink, dtype):
+    """A row that a sink swallows gives 0, and passes the gradient of lse on as if there were none; e^(sink − lse) overflows."""
+    draw = Draw(5, dtype)
+    inputs = dict(q=draw.normal(2, 40, 4, 32), k=draw.normal(2, 40, 2, 32), v=draw.normal(2, 40, 2, 32))
+    dout, dlse = draw.normal(2, 40, 4, 32), draw.normal(2, 40, 4, dtype=torch.float32)
+    found = everything(inputs | {"sinks": torch.full((4,), sink)}, dout, dlse, causal=True)
+    want = everything(inputs, dout * (sink < 0), dlse, causal=True)
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x * (sink < 0) if name == "out" else x, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=2e-6)
+    assert found["dsinks"].abs().max() < 1e-20
+
+
 # ---- decode --------------------------------------------------------------------------------------------------------
 
 

@@ -240,7 +240,7 @@ ATTENTION_FEATURES += [
     feature_case("multi-head", 2, 21, 30, 3, 3, 32, causal=True),
     feature_case("transposed", 2, 21, 30, 4, 2, 32, causal=True, transposed=True),
     feature_case("lse-gradient", 2, 21, 30, 4, 2, 32, causal=True, only_lse=True),
-    feature_case("d192-dv128-sinks", 1, 19, 30, 2, 1, 192, 128, causal=True, sinks=True),
+    feature_case("d192-dv128-sinks", 1, 19, 30, 8, 2, 192, 128, causal=True, sinks=True),
     feature_case("gpt-oss", 2, 30, 30, 4, 2, 64, causal=True, sinks=True, window=(11, 0)),
     feature_case("gemma2", 2, 30, 30, 4, 2, 64, causal=True, softcap=5.0, window=(15, 0)),
     feature_case("llama4", 2, 30, 30, 4, 2, 32, causal=True, chunk=16, key_start=(0, 5)),
