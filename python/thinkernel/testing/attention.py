@@ -115,7 +115,8 @@ def torch_decode(
     if prefix is not None:
         length, table = prefix[2], prefix[3] if len(prefix) == 4 else None
         shared = [(x if table is None else x[table[: -(-length // x.shape[1])].long()].flatten(0, 1))[:length] for x in prefix[:2]]
-    rows = []
+    lse = q.new_empty(0, *q.shape[1:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    rows = [(q.new_empty(0, *q.shape[1:3], v.shape[-1]), lse)]
     for b, n in enumerate(seqlens.tolist()):
         own = [x[b, :n] for x in (k, v)]
         both = [torch.cat(pair) for pair in zip(shared, own, strict=True)] if shared else own
