@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import configs
 from .attention_backward import attention_backward
-from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, merge
+from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, merge, packed_rows, packed_tile, tiles
 from .primitives import is_wide, launch, load_tile, store_tile
 
 __all__ = ["attention_backward", "attention_decode", "attention_forward", "covers"]
@@ -28,23 +28,33 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
-def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr,
-                    S, T, H, G,
+@triton.jit(do_not_specialize=["S", "T", "n_tiles", "n_sequences", "left", "right", "chunk"])
+def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr,
+                    S, T, H, G, n_tiles, n_sequences,
                     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                     stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
                     scale, softcap, left, right, chunk,
                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
                     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                    KEY_START: tl.constexpr, WIDE: tl.constexpr):
+                    KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
     """One program: M queries of one head against all the keys they see."""
     # Which tile. Heads vary fastest and late query blocks (the longest under a causal mask) come first.
-    row_blocks = tl.cdiv(S, M)
     pid = tl.program_id(0)
-    b = (pid // (H * row_blocks)).to(tl.int64)
+    b = (pid // (H * n_tiles)).to(tl.int64)
     h = pid % H
-    m0 = (row_blocks - 1 - (pid // H) % row_blocks) * M
+    tile = n_tiles - 1 - (pid // H) % n_tiles
+    m0 = tile * M
+    if PACKED:
+        sequence, m0 = packed_tile(tile, cu_q_ptr, n_sequences, M)
+        q_first, S = packed_rows(sequence, cu_q_ptr, S)
+        k_first, T = packed_rows(sequence, cu_k_ptr, T)
+        T = tl.where(m0 < S, T, 0)  # an idle tile sees no key
+        q_ptr += q_first.to(tl.int64) * stride_qs
+        k_ptr += k_first.to(tl.int64) * stride_ks
+        v_ptr += k_first.to(tl.int64) * stride_vs
+        out_ptr += q_first.to(tl.int64) * stride_os
+        lse_ptr += q_first.to(tl.int64) * stride_ls
     row = m0 + tl.arange(0, M)  # [M]
     p = row + T - S
     key_start = 0
@@ -189,11 +199,10 @@ def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, 
     tl.store(lse_ptr + b * stride_lb + s * stride_ls + h * stride_lh + one, lse)
 
 
-def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-           cu_seqlens_k: Tensor | None = None, prefix: object | None = None) -> str | None:
+def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prefix: object | None = None) -> str | None:
     """Why attention_forward, attention_backward and attention_decode cannot take this call, naming the argument; None if they can.
 
-    window, chunk, sinks, softcap and key_start are all covered.
+    window, chunk, sinks, softcap, key_start and packed sequences are all covered.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
@@ -206,8 +215,6 @@ def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_se
             return f"{name}: the last dimension has stride {x.stride(-1)}, not 1"
     if scale is not None and not scale > 0:
         return f"scale: {scale} is not positive"
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        return "cu_seqlens_q: packed sequences"
     if prefix is not None:
         return "prefix: a shared prefix"
     return None
@@ -215,11 +222,16 @@ def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_se
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None = None,
                       key_start: Tensor | None = None, window: tuple[int, int] | None = None, chunk: int | None = None,
-                      softcap: float | None = None, sinks: Tensor | None = None) -> None:
+                      softcap: float | None = None, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+                      cu_seqlens_k: Tensor | None = None) -> None:
     """q [B,S,H,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv] -> out [B,S,H,Dv] and lse [B,S,H] float32 (without the sink), both given.
 
     key_start [B] int32: the first valid key of each row; window (left, right), −1 unlimited; sinks [H].
+    Packed: [N,H,·] and lse [N,H] with cu_seqlens_q, cu_seqlens_k [sequences + 1] int32.
     """
+    if cu_seqlens_q is not None:
+        q, k, v, out, lse = q[None], k[None], v[None], out[None], lse[None]
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     B, S, H, D = q.shape
     T, Hkv, Dv = v.shape[1:]
     if B * S * H == 0:
@@ -229,12 +241,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     options = has_options(key_start, window, chunk, softcap, sinks)
     tile = configs.tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, options)
     bounds, flags = mask_arguments(causal, window, chunk)
+    n_tiles = tiles(S, tile.m, cu_seqlens_q)
     launch(
-        _forward_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, out, lse, key_start, sinks, S, T, H, H // Hkv,
+        _forward_kernel, (B * H * n_tiles,), q, k, v, out, lse, key_start, sinks, cu_seqlens_q, cu_seqlens_k, S, T, H, H // Hkv,
+        n_tiles, 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride(), float(scale), float(softcap or 0.0), *bounds,
         D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n,
         SPLIT=configs.key_split(), SPLITS=T > configs.key_split(), **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None,
-        KEY_START=key_start is not None, WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
+        KEY_START=key_start is not None, PACKED=cu_seqlens_q is not None,
+        WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
         warps=tile.warps, stages=tile.stages, device=q.device)
 
 

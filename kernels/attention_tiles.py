@@ -3,7 +3,8 @@
 Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim; M, N the
 rows and keys of a tile. A head dim is one power-of-two block, or two (192 = 128 + 64), so that little is padded.
 
-Positions: query i sits at p = i + T − S. The canonical key blocks and splits count from the first valid key
+Packed sequences ([N, H, D] with cu_seqlens [B + 1]) come as one row of the batch; a tile lies inside one sequence, and S, T
+are that sequence's. Positions: query i sits at p = i + T − S. The canonical key blocks and splits count from the first valid key
 (`key_start`), so a row's sums have one order whatever its neighbours, padding and tile are; a block that a row
 does not see changes nothing in it (its weights are exactly 0 and the rescaling factor exactly 1).
 """
@@ -23,6 +24,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 def floor_divide(a, b):
     """⌊a / b⌋ for b > 0; the device's integer division truncates."""
     return tl.where(a >= 0, a // b, -((b - 1 - a) // b))
+
+
+@triton.jit
+def packed_tile(tile, cu_ptr, batch, ROWS: tl.constexpr):
+    """Which sequence of a packed tensor tile number `tile` belongs to, and its first row there (past the end: an idle tile).
+
+    Sequence i's tiles start at number ⌊(cu[i] + i·(ROWS − 1)) / ROWS⌋, which leaves it at least the ⌈length / ROWS⌉ that it needs:
+    a closed form, so neither the host (that would wait for the GPU) nor the kernel has to add up tile counts.
+    """
+    before = 0
+    for at in range(0, batch, 128):
+        i = at + tl.arange(0, 128)
+        first = (tl.load(cu_ptr + i, mask=i < batch, other=0).to(tl.int64) + i.to(tl.int64) * (ROWS - 1)) // ROWS
+        before += tl.sum(((first <= tile) & (i < batch)).to(tl.int32), 0)
+    sequence = tl.maximum(before - 1, 0)
+    first = (tl.load(cu_ptr + sequence).to(tl.int64) + sequence.to(tl.int64) * (ROWS - 1)) // ROWS
+    return sequence, (tile - first.to(tl.int32)) * ROWS
+
+
+@triton.jit
+def packed_rows(sequence, cu_ptr, rows):
+    """A sequence's first row and its length, inside [0, rows) whatever cu_seqlens holds."""
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence + 1), start), rows)
+    return start, end - start
 
 
 @triton.jit
@@ -197,6 +223,13 @@ def mask_arguments(causal: bool, window: tuple[int, int] | None, chunk: int | No
         right = 0 if right < 0 else min(right, 0)
     flags = {"LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": chunk is not None}
     return (max(left, 0), max(right, 0), chunk or 1), flags
+
+
+def tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """Tiles of `block` rows that hold `rows` rows; for packed sequences the bound that `packed_tile` counts to."""
+    if cu_seqlens is None:
+        return triton.cdiv(rows, block)
+    return (rows + (len(cu_seqlens) - 1) * (block - 1)) // block
 
 
 def has_options(key_start: Tensor | None, window: tuple[int, int] | None, chunk: int | None, softcap: float | None,

@@ -95,12 +95,16 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 def attention_forward_call(dtype: torch.dtype, D: int, Dv: int, T: int = 4096, **options) -> Callable[[], None]:
     q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, T, 2, D, dtype=dtype), torch.empty(1, T, 2, Dv, dtype=dtype)
     out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    if "cu_seqlens_q" in options:
+        q, k, v, out, lse = (x[0] for x in (q, k, v, out, lse))
     return lambda: attention.attention_forward(q, k, v, out, lse, causal=True, **options)
 
 
 def attention_backward_call(dtype: torch.dtype, D: int, Dv: int, **options) -> Callable[[], None]:
     q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, 1024, 2, D, dtype=dtype), torch.empty(1, 1024, 2, Dv, dtype=dtype)
     out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    if "cu_seqlens_q" in options:
+        q, k, v, out, lse = (x[0] for x in (q, k, v, out, lse))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return lambda: attention.attention_backward(q, k, v, out, lse, out, dq, dk, dv, causal=True, **options)
 

@@ -155,7 +155,7 @@ def triton_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale, cu_seqlens_q=cu_seqlens_q)
+    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale)
 
 
 def triton_forward(
@@ -168,7 +168,8 @@ def triton_forward(
     out, lse = _results(q, v)
     kernels.attention_forward(
         q, k, v, out, lse, causal=causal, scale=scale, key_start=_contiguous(key_start, torch.int32),
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return out, lse
 
@@ -187,7 +188,8 @@ def triton_backward(
     kernels.attention_backward(
         q, k, v, out, lse.contiguous(), dout, dq, dk, dv, causal=causal, scale=scale,
         dlse=_contiguous(dlse, torch.float32), key_start=_contiguous(key_start, torch.int32), sinks=wide_sinks,
-        dsinks=dsinks, **mask_keywords(*mask),
+        dsinks=dsinks, cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
 
