@@ -19,7 +19,18 @@ from torch import Tensor
 
 from . import configs
 from .attention_tiles import (
-    LOG2E, blocks, capped, floor_divide, has_options, key_blocks, mask_arguments, packed_rows, packed_tile, power, tiles, visible,
+    LOG2E,
+    blocks,
+    capped,
+    floor_divide,
+    has_options,
+    key_blocks,
+    mask_arguments,
+    packed_rows,
+    packed_tile,
+    power,
+    tiles,
+    visible,
 )
 from .primitives import dot, is_wide, launch, load_tile, store_tile
 
@@ -304,15 +315,17 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     scalars = (scale, float(softcap or 0.0), *bounds)
     if T * Hkv > 0:
-        tile = configs.tile("backward_kv", q.device, q.dtype, block_d + rest_d, block_dv, options)
+        tile = configs.tile("backward_kv", q.device, q.dtype, block_d + rest_d, block_dv, options, n_sequences > 0)
         n_tiles = tiles(T, tile.n, cu_seqlens_k)
         launch(
             _keys_kernel, (B * Hkv * n_tiles,), q, k, v, dout, level, delta, dk, dv, key_start, cu_seqlens_q, cu_seqlens_k,
-            S, T, Hkv, H // Hkv, n_tiles, n_sequences, *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
-    tile = configs.tile("backward_q", q.device, q.dtype, block_d + rest_d, block_dv, options)
+            S, T, Hkv, H // Hkv, n_tiles, n_sequences, *strides,
+            *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+    tile = configs.tile("backward_q", q.device, q.dtype, block_d + rest_d, block_dv, options, n_sequences > 0)
     n_tiles = tiles(S, tile.m, cu_seqlens_q)
     launch(
         _queries_kernel, (B * H * n_tiles,), q, k, v, dout, level, delta, dq, key_start, cu_seqlens_q, cu_seqlens_k,
-        S, T, H, H // Hkv, n_tiles, n_sequences, *strides, *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+        S, T, H, H // Hkv, n_tiles, n_sequences, *strides,
+        *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
     if dsink is not None and dsinks is not None:
         torch.sum(dsink, (0, 2), out=dsinks)

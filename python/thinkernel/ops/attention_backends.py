@@ -201,7 +201,8 @@ def triton_decode_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix_k)
+    prefix = () if prefix_k is None or prefix_v is None else (rows_contiguous(prefix_k), rows_contiguous(prefix_v))
+    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix)
 
 
 def triton_decode(
@@ -213,9 +214,12 @@ def triton_decode(
 
     q = rows_contiguous(q)
     out, lse = _results(q, v_cache)
+    prefix = None
+    if prefix_k is not None and prefix_v is not None:
+        prefix = (rows_contiguous(prefix_k), rows_contiguous(prefix_v), prefix_length, _contiguous(prefix_table, torch.int32))
     kernels.attention_decode(
         q, k_cache, v_cache, out, lse, seqlens=seqlens.int().contiguous(),
         block_table=_contiguous(block_table, torch.int32), causal=causal, scale=scale,
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), prefix=prefix, **mask_keywords(*mask),
     )
     return out, lse
