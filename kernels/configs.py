@@ -115,10 +115,18 @@ OPTIONS = {
 
 # Packed sequences hold a few values more again; these come before both other tables.
 PACKED = {
-    "forward": {("sm_90", "float"): {128: Tile(16, 32, 4, 2)}},
+    "forward": {
+        ("sm_80", "float"): {128: Tile(32, 32, 8, 1)},
+        ("sm_90", "float"): {128: Tile(16, 32, 4, 2)},
+        ("sm_100", "float"): {128: Tile(16, 32, 8, 2), 192: Tile(32, 32, 8, 2)},
+    },
     "decode": {},
-    "backward_kv": {("sm_90", "half"): {192: Tile(32, 64, 8, 1)}, ("sm_90", "float"): {192: Tile(16, 16, 8, 2)}},
-    "backward_q": {("sm_90", "float"): {128: Tile(16, 16, 8, 2)}},
+    "backward_kv": {
+        ("sm_80", "float"): {128: Tile(16, 16, 4, 2)},
+        ("sm_90", "half"): {192: Tile(32, 64, 8, 1)},
+        ("sm_90", "float"): {192: Tile(16, 16, 8, 2)},
+    },
+    "backward_q": {("sm_90", "float"): {128: Tile(16, 16, 8, 2)}, ("sm_100", "float"): {128: Tile(16, 16, 8, 2)}},
 }
 
 # Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide;

@@ -9,7 +9,7 @@ import pytest
 import thinkernel as tk
 import torch
 from test_attention import paged
-from test_rule import DTYPES, eager
+from test_rule import eager
 from thinkernel.kernels import attention as kernels
 from thinkernel.reference import attention as reference
 from thinkernel.testing.compare import assert_bitwise, check
@@ -33,11 +33,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("length", [0, 10, 128, 150])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_prefix(dtype: torch.dtype, length: int, options: dict) -> None:
+@pytest.mark.parametrize("length,dtype", [(0, torch.float32), (10, torch.float16), (128, torch.float32), (150, torch.float16)], ids=str)
+def test_prefix(length: int, dtype: torch.dtype, options: dict) -> None:
     """Dense and paged prefixes before dense and paged caches: bitwise the plain call over the joined keys; that one by the rule."""
-    B, Sq, T, H, Hkv, D, Dv, lengths = 3, 2, 70, 4, 2, 24, 16, [70, 0, 33]
+    B, Sq, T, H, Hkv, D, Dv, lengths = 3, 2, 50, 2, 1, 24, 16, [50, 0, 33]
     options = options | ({"sinks": torch.randn(H)} if "sinks" in options else {})
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     q, k, v = torch.randn(B, Sq, H, D).to(dtype), torch.randn(B, T, Hkv, D).to(dtype), torch.randn(B, T, Hkv, Dv).to(dtype)
@@ -48,7 +47,7 @@ def test_prefix(dtype: torch.dtype, length: int, options: dict) -> None:
     past = torch.arange(T)[None, :, None, None] >= seqlens[:, None, None, None]
     (k_pages, table), (v_pages, _) = (paged(x, 5, seqlens, 1) for x in (k, v))
     caches = {"dense": (k.masked_fill(past, NAN), v.masked_fill(past, NAN), None), "paged": (k_pages, v_pages, table)}
-    room = torch.cat([shared_k, torch.full((9, Hkv, D), NAN, dtype=dtype)]), torch.cat([shared_v, torch.full((9, Hkv, Dv), NAN, dtype=dtype)])
+    room = [torch.cat([x, torch.full((9, *x.shape[1:]), NAN, dtype=dtype)]) for x in (shared_k, shared_v)]
     prefixes = {"dense": (*room, length, None)}
     if length:
         count = torch.tensor([length])
