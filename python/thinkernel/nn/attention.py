@@ -197,9 +197,9 @@ class GroupedQueryAttention(nn.Module):
         # [B, T, Hkv, D] or pages
         k_cache, v_cache = cache if step.block_table is not None else (t[:, : step.extent] for t in cache)
         out = attention_decode(
-            q, k_cache, v_cache, seqlens=step.seqlens, block_table=step.block_table, prefix=prefix, **options
+            q.to(k_cache.dtype), k_cache, v_cache, seqlens=step.seqlens, block_table=step.block_table, prefix=prefix, **options
         )
-        return cast(Tensor, out)
+        return cast(Tensor, out).to(q.dtype)  # the cache's dtype is the caller's choice, also under autocast
 
     def _check(
         self,
