@@ -88,10 +88,12 @@ class GroupedQueryAttention(nn.Module):
         checks.integer("head_dim", head_dim, 1)
         value_dim = head_dim if value_dim is None else value_dim
         checks.integer("value_dim", value_dim, 1)
+        if rotary_dim is not None and (rotary_dim % 2 or not 2 <= rotary_dim <= head_dim):
+            raise ValueError(f"rotary_dim: got {rotary_dim}, takes an even number of 2 to head_dim = {head_dim}")
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if not 0 < rotary_dim <= head_dim:
-            raise ValueError(f"rotary_dim: got {rotary_dim}, takes 1 to head_dim = {head_dim}")
         checks.one_of("qk_norm", qk_norm, QK_NORMS)
+        if norm_zero_centred and not qk_norm:
+            raise ValueError("norm_zero_centred: got True, takes a qk_norm beside it")
         checks.one_of("gate", gate, GATES)
         checks.positive("softcap", softcap)
         if window is not None and (len(window) != 2 or min(window) < -1):
