@@ -277,7 +277,7 @@ def test_state_dict_round_trip() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*FAMILIES, *OWN])
 @torch.no_grad()
 def test_decoding_gives_the_bits_of_prefill(name: str, dtype: torch.dtype) -> None:
@@ -297,16 +297,28 @@ def test_decoding_gives_the_bits_of_prefill(name: str, dtype: torch.dtype) -> No
 
 @needs_cpu
 @pytest.mark.parametrize("name", [*FAMILIES, *OWN])
-@torch.no_grad()
-def test_left_padding_changes_no_bit(name: str) -> None:
+def test_neighbours_and_left_padding_change_no_bit(name: str) -> None:
+    """Of the result and of the gradient of x, on one thread as on two."""
     p = pair(name)
-    x, start = torch.randn(3, 41, p.hidden), torch.tensor([0, 13, 40], dtype=torch.int32)
-    positions = (torch.arange(41) - start[:, None]).clamp(min=0)
+    x, start = torch.randn(3, 41, p.hidden, requires_grad=True), torch.tensor([0, 13, 40], dtype=torch.int32)
+    slots = torch.arange(41)
+    positions = (slots - start[:, None]).clamp(min=0)
+    weight = torch.randn_like(x) * (slots >= start[:, None])[..., None]  # what padding gives has no meaning
     with use_backend("cpu"):
         out = p.ours(x, p.angles(positions), key_start=start)
-        for row, first in enumerate(start.tolist()):
-            alone = p.ours(x[row : row + 1, first:], p.angles(torch.arange(41 - first)[None]))
-            assert_bitwise(out[row, first:], alone[0], f"row {row}")
+        (grad,) = torch.autograd.grad((out * weight).sum(), x)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for row, first in enumerate(start.tolist()):
+                own = x.detach()[row : row + 1, first:].requires_grad_()
+                alone = p.ours(own, p.angles(slots[None, : 41 - first]))
+                assert_bitwise(out[row, first:], alone[0], f"row {row}")
+                (own_grad,) = torch.autograd.grad((alone * weight[row, first:]).sum(), own)
+                assert_bitwise(grad[row, first:], own_grad[0], f"gradient of row {row}")
+                assert not grad[row, :first].any()
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -595,6 +607,7 @@ def test_a_scaling_is_named_by_its_numbers() -> None:
         (dict(gate="v_proj"), "gate"),
         (dict(softcap=0.0), "softcap"),
         (dict(window=(3,)), "window"),
+        (dict(window=4), "window"),
         (dict(window=(-2, 0)), "window"),
         (dict(chunk=0), "chunk"),
     ],
@@ -616,6 +629,8 @@ def test_bad_calls_are_named() -> None:
         (dict(x=x, cu_seqlens=cu), "x"),
         (dict(rope=nn.RotaryEmbedding(16)(torch.arange(5).expand(2, 5))), "rope"),
         (dict(rope=tuple(t[:, :4] for t in rope)), "rope"),
+        (dict(rope=tuple(t[..., :1] for t in rope)), "rope"),
+        (dict(rope=rope[0]), "rope"),
         (dict(x=x.flatten(0, 1), rope=rope, cu_seqlens=cu), "rope"),
         (dict(x=x.flatten(0, 1), cu_seqlens=cu + 1), "cu_seqlens_q"),
         (dict(x=x.flatten(0, 1), cu_seqlens=cu, key_start=start), "key_start"),

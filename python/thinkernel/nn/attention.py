@@ -80,7 +80,8 @@ class GroupedQueryAttention(nn.Module):
         checks.integer("hidden", hidden, 1)
         checks.integer("heads", heads, 1)
         kv_heads = heads if kv_heads is None else kv_heads
-        if kv_heads < 1 or heads % kv_heads:
+        checks.integer("kv_heads", kv_heads, 1)
+        if heads % kv_heads:
             raise ValueError(f"kv_heads: got {kv_heads}, takes a divisor of heads = {heads}")
         if head_dim is None and hidden % heads:
             raise ValueError(f"heads: got {heads}, takes a divisor of hidden = {hidden} where head_dim is not given")
@@ -88,21 +89,25 @@ class GroupedQueryAttention(nn.Module):
         checks.integer("head_dim", head_dim, 1)
         value_dim = head_dim if value_dim is None else value_dim
         checks.integer("value_dim", value_dim, 1)
-        if rotary_dim is not None and (rotary_dim % 2 or not 2 <= rotary_dim <= head_dim):
-            raise ValueError(f"rotary_dim: got {rotary_dim}, takes an even number of 2 to head_dim = {head_dim}")
-        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if rotary_dim is not None:
+            checks.integer("rotary_dim", rotary_dim, 2)
+            if rotary_dim % 2 or rotary_dim > head_dim:
+                raise ValueError(f"rotary_dim: got {rotary_dim}, takes an even number up to head_dim = {head_dim}")
         checks.one_of("qk_norm", qk_norm, QK_NORMS)
         if norm_zero_centred and not qk_norm:
             raise ValueError("norm_zero_centred: got True, takes a qk_norm beside it")
         checks.one_of("gate", gate, GATES)
         checks.positive("softcap", softcap)
-        if window is not None and (len(window) != 2 or min(window) < -1):
-            raise ValueError(f"window: got {window!r}, takes (left, right), −1 for unlimited")
+        if window is not None:
+            if not isinstance(window, (tuple, list)) or len(window) != 2:
+                raise ValueError(f"window: got {window!r}, takes (left, right), −1 for unlimited")
+            for side in window:
+                checks.integer("window", side, -1)
         if chunk is not None:
             checks.integer("chunk", chunk, 1)
 
         self.hidden, self.heads, self.kv_heads = hidden, heads, kv_heads
-        self.head_dim, self.value_dim, self.rotary_dim = head_dim, value_dim, rotary_dim
+        self.head_dim, self.value_dim, self.rotary_dim = head_dim, value_dim, rotary_dim or head_dim
         self.rope_interleaved, self.scale, self.softcap = rope_interleaved, scale, softcap
         self.window, self.chunk, self.gate, self.qk_norm = window, chunk, gate, "head" if qk_norm is True else qk_norm
         query_dim = head_dim + value_dim if gate == "q_proj" else head_dim  # rows of q_proj per head
@@ -217,14 +222,21 @@ class GroupedQueryAttention(nn.Module):
         checks.tensor("x", x, dims, where)
         checks.size("x", x, -1, self.hidden, "hidden")
         check_step(cache, step)
-        for t in rope or ():
-            if t.shape[-1] * 2 != self.rotary_dim or any(a not in (1, b) for a, b in zip(t.shape[-2::-1], x.shape[-2::-1])):
-                raise ValueError(
-                    f"rope: got shape {list(t.shape)}, takes {[*x.shape[:-1], self.rotary_dim // 2]} ({where}, half of rotary_dim)"
-                )
+        if rope is not None:
+            _check_rope(rope, x, self.rotary_dim)
         if cache is not None:
             for name, given in (("key_start", key_start), ("cu_seqlens", cu_seqlens)):
                 if given is not None:
                     raise ValueError(f"{name}: takes no cache beside it; with a cache, rows are padded on the right")
         elif prefix is not None:
             raise ValueError("prefix: takes a cache beside it")
+
+
+def _check_rope(rope: tuple[Tensor, Tensor], x: Tensor, rotary_dim: int) -> None:
+    """cos and sin belong to x's tokens, or to one row of them for the whole batch, and turn rotary_dim dims."""
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        raise ValueError(f"rope: got {type(rope).__name__}, takes (cos, sin)")
+    want = [*x.shape[:-1], rotary_dim / 2]
+    for t in rope:
+        if t.dim() > x.dim() or any(a != b and (a != 1 or i == 0) for i, (a, b) in enumerate(zip(t.shape[::-1], want[::-1]))):
+            raise ValueError(f"rope: got shape {list(t.shape)}, takes {[*x.shape[:-1], rotary_dim // 2]}, half of rotary_dim last")
