@@ -120,7 +120,9 @@ class Yarn(RopeScaling):
         low, high = max(low, 0), min(high, dim - 1)
         width = (high - low) or 0.001
         slowed = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)  # [R/2]
-        return slowed / (self.factor * frequencies) + (1 - slowed) / frequencies
+        kept = 1 - slowed
+        # in transformers' order, for the same bits
+        return 1.0 / (self.factor * frequencies) * (1 - kept) + 1.0 / frequencies * kept
 
 
 KINDS: dict[str, type[RopeScaling]] = {kind.rope_type: kind for kind in (LinearRope, Llama3Rope, Yarn)}
