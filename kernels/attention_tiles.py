@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import dot, load_tile, tanh
+from .primitives import dot, load_tile, row_sum, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -211,7 +211,7 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
         weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
         decay = power(peak - base, EXACT)
-        total = total * decay + tl.sum(weights, 1)
+        total = total * decay + row_sum(weights)
         if GATHERED:
             v = load_rows(v_at, there, 0, BLOCK_DV, DV)
         else:
