@@ -15,19 +15,6 @@ _INTERPRET = tl.constexpr(INTERPRET)
 
 
 @triton.jit
-def row_sum(x):
-    """Sums of the rows of [M, 2^n], second half onto first n times, so that the additions always have one order.
-
-    tl.sum's order follows from how a tile lies in the threads, hence from tile sizes and warps: decode and prefill, whose tiles
-    differ, would round a row's sum differently. On Hopper this costs the forward loop four shuffles and no barrier.
-    """
-    LEVELS: tl.constexpr = x.shape[1].bit_length() - 1
-    for _ in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
-    return tl.reshape(x, [x.shape[0]])
-
-
-@triton.jit
 def dot(a, b, accumulator):
     """accumulator + a·b in float32, and IEEE float32 where the operands are float32 (no tf32)."""
     if _INTERPRET:  # its bfloat16 product multiplies the raw 16-bit words
@@ -38,11 +25,7 @@ def dot(a, b, accumulator):
         PARTS: tl.constexpr = a.shape[1] // 64
         a_parts = tl.permute(tl.reshape(a, (a.shape[0], PARTS, 64)), (1, 0, 2))
         b_parts = tl.reshape(b, (PARTS, 64, b.shape[1]))
-        products = tl.dot(a_parts, b_parts, input_precision="ieee")
-        LEVELS: tl.constexpr = PARTS.bit_length() - 1
-        for _ in tl.static_range(LEVELS):  # in halves, as in row_sum
-            products = tl.sum(tl.reshape(products, (2, products.shape[0] // 2, a.shape[0], b.shape[1])), 0)
-        result = accumulator + tl.reshape(products, (a.shape[0], b.shape[1]))
+        result = accumulator + tl.sum(tl.dot(a_parts, b_parts, input_precision="ieee"), 0)
     else:
         result = tl.dot(a, b, accumulator, input_precision="ieee")
     return result
@@ -92,12 +75,14 @@ def is_wide(stride: int, rows: int) -> bool:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int, stages: int, device: torch.device, **constants) -> None:
-    """Run `kernel` on the device's current stream."""
+    """Run `kernel` on the device's current stream. Descriptors made inside a kernel need scratch memory from an allocator."""
     if INTERPRET:
         from .interpreter import interpreting
 
         with interpreting():
             kernel[grid](*arguments, **constants)
     else:
+        if constants.get("DESCRIPTORS"):
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
