@@ -56,6 +56,13 @@ def cpu_covers(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
 ) -> str | None:
+    return _cpu_misses(q, v, sinks, None, *mask)
+
+
+def cpu_backward_covers(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> str | None:
     return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
 
 
