@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from thinkernel.kernels import attention, grpo
+from thinkernel.kernels import attention, configs, grpo
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -77,6 +78,12 @@ def attention_contenders(B: int, S: int, H: int, Hkv: int, D: int, Dv: int, caus
     attention.attention_forward(q, k, v, out, lse, causal=causal)
     forward: Contenders = {"thinkernel": lambda: attention.attention_forward(q, k, v, out, lse, causal=causal)}
     backward: Contenders = {"thinkernel": lambda: attention.attention_backward(q, k, v, out, lse, dout, *grads, causal=causal)}
+
+    def with_descriptors() -> None:
+        with mock.patch.dict(configs.DESCRIPTORS, dict.fromkeys(configs.DESCRIPTORS, True)):
+            attention.attention_forward(q, k, v, out, lse, causal=causal)
+
+    forward["thinkernel, tensor descriptors"] = with_descriptors
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
 
     def add(name: str, run: Callable[[], Tensor]) -> None:

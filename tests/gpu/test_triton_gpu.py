@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from thinkernel.kernels import attention, grpo, linear
+from thinkernel.kernels import attention, configs, grpo, linear
 from thinkernel.reference import attention as attention_reference
 from thinkernel.reference import grpo as grpo_reference
 from thinkernel.testing.compare import assert_bitwise, check
@@ -159,6 +159,21 @@ def test_decode_with_a_shared_prefix(D: int, Dv: int, length: int, dtype: torch.
     for name in ("prefix", "prefix in pages"):
         assert_bitwise(results[name][0], results["joined"][0], f"out, {name}")
         assert_bitwise(results[name][1], results["joined"][1], f"lse, {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_tensor_descriptors_move_no_bit(D: int, Dv: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """configs.DESCRIPTORS (off until measured) against the plain loads."""
+    q, k, v = normal(2, 700, 8, D, dtype=dtype), normal(2, 1500, 2, D, dtype=dtype), normal(2, 1500, 2, Dv, dtype=dtype)
+    results = []
+    for on in (False, True):
+        for arch in configs.DESCRIPTORS:
+            monkeypatch.setitem(configs.DESCRIPTORS, arch, on)
+        results.append((poisoned(2, 700, 8, Dv, dtype=dtype), poisoned(2, 700, 8)))
+        attention.attention_forward(q, k, v, *results[-1], causal=True)
+    assert_bitwise(results[1][0], results[0][0], "out")
+    assert_bitwise(results[1][1], results[0][1], "lse")
 
 
 @pytest.mark.parametrize("options", [{}, dict(window=(700, -1), softcap=20.0)], ids=str)
