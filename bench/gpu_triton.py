@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from thinkernel.kernels import attention, grpo
+from thinkernel.kernels import attention, configs, grpo
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -36,6 +37,8 @@ ATTENTION = [  # B, S, H, Hkv, D, Dv, causal
     (1, 8192, 16, 2, 256, 256, True),
 ]
 LOGPROB = [(8192, 4096, 131072), (4096, 4096, 131072)]  # N, D, V
+PACKED = [(16384, 8, 64, 8, 128), (16384, 64, 64, 8, 128)]  # N tokens in that many equal sequences, H, Hkv, D
+PREFIX = [(64, 8192, 512, 32, 8, 128)]  # B, keys of the prefix, own keys, H, Hkv, D
 DECODE = [(32, 4096, 32, 8, 128), (1, 32768, 32, 8, 128)]  # B, T, H, Hkv, D
 FLUSH_BYTES = 256 << 20
 Contenders = dict[str, Callable[[], object]]
@@ -75,6 +78,12 @@ def attention_contenders(B: int, S: int, H: int, Hkv: int, D: int, Dv: int, caus
     attention.attention_forward(q, k, v, out, lse, causal=causal)
     forward: Contenders = {"thinkernel": lambda: attention.attention_forward(q, k, v, out, lse, causal=causal)}
     backward: Contenders = {"thinkernel": lambda: attention.attention_backward(q, k, v, out, lse, dout, *grads, causal=causal)}
+
+    def with_descriptors() -> None:
+        with mock.patch.dict(configs.DESCRIPTORS, dict.fromkeys(configs.DESCRIPTORS, True)):
+            attention.attention_forward(q, k, v, out, lse, causal=causal)
+
+    forward["thinkernel, tensor descriptors"] = with_descriptors
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
 
     def add(name: str, run: Callable[[], Tensor]) -> None:
@@ -107,6 +116,39 @@ def decode_contenders(B: int, T: int, H: int, Hkv: int, D: int) -> Contenders:
     return {
         "thinkernel": lambda: attention.attention_decode(q, k, v, out, lse, seqlens=seqlens),
         "sdpa": lambda: F.scaled_dot_product_attention(*heads, enable_gqa=True),
+    }
+
+
+def packed_contenders(N: int, sequences: int, H: int, Hkv: int, D: int) -> tuple[Contenders, Contenders]:
+    """-> forward, backward alone: packed sequences beside the same ones as a batch."""
+    make = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    q, k, v, dout = make(N, H, D), make(N, Hkv, D), make(N, Hkv, D), make(N, H, D)
+    cu = torch.arange(0, N + 1, N // sequences, dtype=torch.int32, device="cuda")
+    forward: Contenders = {}
+    backward: Contenders = {}
+
+    def add(name: str, fold: Callable[[Tensor], Tensor], **options: Tensor) -> None:
+        x = [fold(t) for t in (q, k, v)]
+        out, lse = torch.empty_like(x[0]), torch.empty(x[0].shape[:-1], device="cuda")
+        grads, dy = [torch.empty_like(t) for t in x], fold(dout)
+        attention.attention_forward(*x, out, lse, causal=True, **options)
+        forward[name] = lambda: attention.attention_forward(*x, out, lse, causal=True, **options)
+        backward[name] = lambda: attention.attention_backward(*x, out, lse, dy, *grads, causal=True, **options)
+
+    add("thinkernel packed", lambda x: x, cu_seqlens_q=cu)
+    add("thinkernel batch", lambda x: x.unflatten(0, (sequences, N // sequences)))
+    return forward, backward
+
+
+def prefix_contenders(B: int, shared: int, own: int, H: int, Hkv: int, D: int) -> Contenders:
+    make = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    q, k, v, out, lse = make(B, 1, H, D), make(B, own, Hkv, D), make(B, own, Hkv, D), make(B, 1, H, D), torch.empty(B, 1, H, device="cuda")
+    prefix = (make(shared, Hkv, D), make(shared, Hkv, D), shared, None)
+    joined = [torch.cat([p.expand(B, -1, -1, -1), x], 1) for p, x in zip(prefix[:2], (k, v), strict=True)]
+    seqlens = torch.full((B,), own, dtype=torch.int32, device="cuda")
+    return {
+        "thinkernel shared": lambda: attention.attention_decode(q, k, v, out, lse, seqlens=seqlens, prefix=prefix),
+        "thinkernel joined": lambda: attention.attention_decode(q, *joined, out, lse, seqlens=seqlens + shared),
     }
 
 
@@ -163,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")), help="folder for bench.jsonl")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=("attention", "decode", "linear_logprob"))
+    parser.add_argument("--only", choices=("attention", "packed", "decode", "linear_logprob"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_triton: torch sees no CUDA device", file=sys.stderr)
@@ -193,10 +235,22 @@ def main() -> int:
             record("attention backward", shape, backward, 2.5 * work, "TFLOP/s")
             del forward, backward
             torch.cuda.empty_cache()
+    if arguments.only in (None, "packed"):
+        for shape in PACKED:
+            N, sequences, H, _, D = shape
+            work = 2.0 * H * N * N / sequences * D
+            forward, backward = packed_contenders(*shape)
+            record("packed attention forward", shape, forward, work, "TFLOP/s")
+            record("packed attention backward", shape, backward, 2.5 * work, "TFLOP/s")
+            del forward, backward
+            torch.cuda.empty_cache()
     if arguments.only in (None, "decode"):
         for shape in DECODE:
             B, T, _, Hkv, D = shape
             record("attention decode", shape, decode_contenders(*shape), 4e3 * B * T * Hkv * D, "GB/s")
+        for shape in PREFIX:
+            B, shared, own, _, Hkv, D = shape
+            record("attention decode, shared prefix", shape, prefix_contenders(*shape), 4e3 * (B * own + shared) * Hkv * D, "GB/s")
     if arguments.only in (None, "linear_logprob"):
         for shape in LOGPROB:
             N, D, V = shape

@@ -38,7 +38,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
                     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                    KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
+                    KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """One program: M queries of one head against all the keys they see."""
     # Which tile. Heads vary fastest and late query blocks (the longest under a causal mask) come first.
     pid = tl.program_id(0)
@@ -81,7 +81,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     acc, total, peak = attend(
         acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T,
         (k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0), (), 0, scale, softcap, left, right, chunk,
-        N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0, False, 0, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0, False, 0, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE, DESCRIPTORS)
 
     # Normalise and write.
     sink = 0.0
@@ -110,6 +110,11 @@ def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prefi
     if scale is not None and not scale > 0:
         return f"scale: {scale} is not positive"
     return None
+
+
+def _fit_descriptors(*keys: Tensor) -> bool:
+    """Whether tensor descriptors can address these [B, T, Hkv, ·]: 16-byte aligned, rows and heads too."""
+    return all(x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3]) for x in keys)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None = None,
@@ -141,5 +146,6 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n,
         SPLIT=configs.key_split(), SPLITS=T > configs.key_split(), **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None,
         KEY_START=key_start is not None, PACKED=cu_seqlens_q is not None,
+        DESCRIPTORS=configs.descriptors(q.device) and _fit_descriptors(k, v),
         WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
         warps=tile.warps, stages=tile.stages, device=q.device)

@@ -154,12 +154,13 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
            cache, prefix, prefix_length, scale, softcap, left, right, chunk,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
            PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr, PREFIX_PAGE: tl.constexpr,
-           LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+           LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
+           DESCRIPTORS: tl.constexpr = False):
     """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M]; peak in
     natural units for float32 (EXACT), in units of log 2 otherwise.
 
     Key j lies at row j − prefix_length of `cache` (see cache_rows). With TAIL the blocks reach back into the keys before that,
-    which are rows j of `prefix`.
+    which are rows j of `prefix`. DESCRIPTORS: the tiles come through tensor descriptors (on Hopper by TMA).
     Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops
     spill registers at the tile sizes that matter, and here both kinds of block run the very same operations, so which kind
     a block is never shows in a row's bits (nor does the fused multiply-add, written out for that reason).
@@ -172,6 +173,11 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         factor = 1.0
     if not EXACT:
         factor = factor * LOG2E
+    if DESCRIPTORS:
+        k_tiles = tl.make_tensor_descriptor(k_base, [key_end, D], [stride_k, 1], [N, BLOCK_D])
+        v_tiles = tl.make_tensor_descriptor(v_base, [key_end, DV], [stride_v, 1], [N, BLOCK_DV])
+        if REST_D > 0:
+            k_rest_tiles = tl.make_tensor_descriptor(k_base, [key_end, D], [stride_k, 1], [N, REST_D])
     done = acc
     done_total = total
     done_peak = peak
@@ -193,12 +199,16 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
                 v_at = tl.where(j < prefix_length, v_tail, v_at)
                 there = tl.where(j < prefix_length, there_tail, there)
             k = load_rows(k_at, there, 0, BLOCK_D, D)
+        elif DESCRIPTORS:
+            k = k_tiles.load([start, 0])
         else:
             k = load_tile(k_base + at * stride_k, stride_k, key_end - start, N, 0, BLOCK_D, D, WIDE)  # [N, D]
         s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
         if REST_D > 0:
             if GATHERED:
                 k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
+            elif DESCRIPTORS:
+                k_rest = k_rest_tiles.load([start, BLOCK_D])
             else:
                 k_rest = load_tile(k_base + at * stride_k, stride_k, key_end - start, N, BLOCK_D, REST_D, D, WIDE)
             s = dot(q_rest, tl.trans(k_rest), s)
@@ -214,6 +224,8 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         total = total * decay + tl.sum(weights, 1)
         if GATHERED:
             v = load_rows(v_at, there, 0, BLOCK_DV, DV)
+        elif DESCRIPTORS:
+            v = v_tiles.load([start, 0])
         else:
             v = load_tile(v_base + at * stride_v, stride_v, key_end - start, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
         acc = dot(weights.to(v.dtype), v, acc * decay[:, None])

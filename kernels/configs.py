@@ -173,6 +173,10 @@ LOGPROB = {
 VOCABULARY_SPLIT = 2048
 DLOGITS_BYTES = 128 * 1024 * 1024
 
+# Whether the forward fetches keys and values through tensor descriptors (TMA on Hopper and later) where strides allow it. Off: it
+# compiles without spills, and its numbers are checked by the interpreter, but its speed has not been measured on a GPU.
+DESCRIPTORS = {"sm_80": False, "sm_90": False, "sm_100": False}
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
@@ -219,6 +223,11 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, p
     for table, applies in ((OPTIONS, options), (PACKED, packed)):
         found = table[kernel].get(key, {}).get(w, found) if applies else found
     return found
+
+
+def descriptors(device: torch.device) -> bool:
+    """Whether attention's forward uses tensor descriptors on this device (under the interpreter: as on sm_90)."""
+    return DESCRIPTORS["sm_90" if INTERPRET else architecture(device)]
 
 
 def product(device: torch.device, dtype: torch.dtype, rows: int, running: bool) -> Product:

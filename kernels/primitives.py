@@ -75,12 +75,14 @@ def is_wide(stride: int, rows: int) -> bool:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int, stages: int, device: torch.device, **constants) -> None:
-    """Run `kernel` on the device's current stream."""
+    """Run `kernel` on the device's current stream. Descriptors made inside a kernel need scratch memory from an allocator."""
     if INTERPRET:
         from .interpreter import interpreting
 
         with interpreting():
             kernel[grid](*arguments, **constants)
     else:
+        if constants.get("DESCRIPTORS"):
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)

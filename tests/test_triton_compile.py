@@ -87,6 +87,14 @@ def test_products_on_hopper(name: str) -> None:
     check("sm_90", HALF, product_calls(HALF)[name])
 
 
+@pytest.mark.parametrize("D,Dv", [(128, 128), *(pytest.param(*d, marks=pytest.mark.slow) for d in ((64, 64), (192, 128), (256, 256)))])
+def test_attention_with_descriptors_on_hopper(D: int, Dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs.DESCRIPTORS, "sm_90", True)
+    for name in ("forward", "forward packed"):
+        (forward,) = check("sm_90", HALF, attention_calls(HALF, D, Dv)[name])
+        assert "cp.async.bulk.tensor" in forward.ptx
+
+
 @pytest.mark.parametrize("name", ["forward", "decode"])
 def test_attention_float32_has_no_tf32(name: str) -> None:
     check("sm_90", FLOAT, attention_calls(FLOAT, 64, 64)[name])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from thinkernel.kernels import attention, grpo, linear
+from thinkernel.kernels import attention, configs, grpo, linear
 from thinkernel.reference import attention as attention_reference
 from thinkernel.reference import grpo as grpo_reference
 from thinkernel.testing.compare import assert_bitwise, check
@@ -29,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options) -> list[Tensor]:
     """out, lse, dq, dk, dv of the Triton kernels, every buffer poisoned before."""
-    out, lse = poisoned(*q.shape[:3], v.shape[-1], dtype=q.dtype), poisoned(*q.shape[:3])
+    out, lse = poisoned(*q.shape[:-1], v.shape[-1], dtype=q.dtype), poisoned(*q.shape[:-1])
     attention.attention_forward(q, k, v, out, lse, **options)
     grads = [torch.full_like(x, NAN) for x in (q, k, v)]
     attention.attention_backward(q, k, v, out, lse, dout, *grads, **options)
@@ -111,6 +111,88 @@ def test_decode(D: int, Dv: int, Sq: int, page: int, dtype: torch.dtype) -> None
     base = F.scaled_dot_product_attention(q.transpose(1, 2), *heads, attn_mask=seen[:, None]).transpose(1, 2)
     check(out, want[0], base.nan_to_num(0.0), name="out")
     check(lse, want[1], attention_reference.attention_decode(q, k, v, seqlens=lengths)[1], name="lse")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [dict(causal=True), dict(causal=False), dict(causal=True, window=(300, -1), softcap=20.0)], ids=str)
+@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_packed(D: int, Dv: int, options: dict, dtype: torch.dtype) -> None:
+    """Sequences of 0 … 1500 rows, each bit for bit as it is alone (where test_attention holds it to the rule)."""
+    torch.manual_seed(D)
+    queries, keys = [700, 0, 1, 333, 900], [700, 40, 1500, 0, 2100]
+    cu_q, cu_k = (torch.tensor([0, *n], device="cuda").cumsum(0).int() for n in (queries, keys))
+    q, dout = normal(sum(queries), 8, D, dtype=dtype), normal(sum(queries), 8, Dv, dtype=dtype)
+    k, v = normal(sum(keys), 2, D, dtype=dtype), normal(sum(keys), 2, Dv, dtype=dtype)
+    packed = attend(q, k, v, dout, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+    for i, (a, c) in enumerate(zip(cu_q[:-1].tolist(), cu_k[:-1].tolist(), strict=True)):
+        rows, own = slice(a, a + queries[i]), slice(c, c + keys[i])
+        alone = attend(q[None, rows], k[None, own], v[None, own], dout[None, rows], **options)
+        for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), packed, alone, strict=True):
+            assert_bitwise(got[own if name in ("dk", "dv") else rows], want[0], f"{name} of sequence {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [500, 2048, 2100])
+@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_decode_with_a_shared_prefix(D: int, Dv: int, length: int, dtype: torch.dtype) -> None:
+    """Dense and in pages: the bits of the call over the joined keys."""
+    torch.manual_seed(D + length)
+    B, T, page = 20, 1600, 64
+    q, shared_k, shared_v = normal(B, 2, 8, D, dtype=dtype), normal(length, 2, D, dtype=dtype), normal(length, 2, Dv, dtype=dtype)
+    k, v, seqlens = normal(B, T, 2, D, dtype=dtype), normal(B, T, 2, Dv, dtype=dtype), torch.randint(2, T, (B,), device="cuda").int()
+    joined = [torch.cat([shared.expand(B, *shared.shape), x], 1) for shared, x in ((shared_k, k), (shared_v, v))]
+    count = -(-length // page)
+    table = torch.randperm(count, device="cuda").int()
+    pages = []
+    for x in (shared_k, shared_v):
+        filled = torch.cat([x, poisoned(count * page - length, 2, x.shape[-1], dtype=dtype)]).unflatten(0, (count, page))
+        pages.append(torch.empty_like(filled).index_copy_(0, table.long(), filled))
+    calls = {
+        "joined": (*joined, dict(seqlens=seqlens + length)),
+        "prefix": (k, v, dict(seqlens=seqlens, prefix=(shared_k, shared_v, length, None))),
+        "prefix in pages": (k, v, dict(seqlens=seqlens, prefix=(*pages, length, table))),
+    }
+    results = {}
+    for name, (keys, values, options) in calls.items():
+        results[name] = poisoned(B, 2, 8, Dv, dtype=dtype), poisoned(B, 2, 8)
+        attention.attention_decode(q, keys, values, *results[name], **options)
+    for name in ("prefix", "prefix in pages"):
+        assert_bitwise(results[name][0], results["joined"][0], f"out, {name}")
+        assert_bitwise(results[name][1], results["joined"][1], f"lse, {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_tensor_descriptors_move_no_bit(D: int, Dv: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """configs.DESCRIPTORS (off until measured) against the plain loads."""
+    q, k, v = normal(2, 700, 8, D, dtype=dtype), normal(2, 1500, 2, D, dtype=dtype), normal(2, 1500, 2, Dv, dtype=dtype)
+    results = []
+    for on in (False, True):
+        for arch in configs.DESCRIPTORS:
+            monkeypatch.setitem(configs.DESCRIPTORS, arch, on)
+        results.append((poisoned(2, 700, 8, Dv, dtype=dtype), poisoned(2, 700, 8)))
+        attention.attention_forward(q, k, v, *results[-1], causal=True)
+    assert_bitwise(results[1][0], results[0][0], "out")
+    assert_bitwise(results[1][1], results[0][1], "lse")
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=(700, -1), softcap=20.0)], ids=str)
+@pytest.mark.parametrize("D,Dv,dtype", [
+    (64, 64, torch.bfloat16), (256, 256, torch.bfloat16), (64, 64, torch.float32), (128, 128, torch.float32), (192, 128, torch.float32),
+], ids=str)
+def test_decode_equals_prefill(D: int, Dv: int, dtype: torch.dtype, options: dict) -> None:
+    """The last rows of a prefill, decoded: the same bits, though the tiles differ. Only where both tiles put a row into threads
+    alike on sm_90: at the other sizes tl.sum adds a row's weights in another order, and lse may differ in its last bit."""
+    torch.manual_seed(D)
+    q, k, v = normal(2, 900, 8, D, dtype=dtype), normal(2, 2500, 2, D, dtype=dtype), normal(2, 2500, 2, Dv, dtype=dtype)
+    out, lse = poisoned(2, 900, 8, Dv, dtype=dtype), poisoned(2, 900, 8)
+    attention.attention_forward(q, k, v, out, lse, causal=True, **options)
+    for count in (1, 5, 16):
+        got, got_lse = poisoned(2, count, 8, Dv, dtype=dtype), poisoned(2, count, 8)
+        seqlens = torch.full((2,), 2500, dtype=torch.int32, device="cuda")
+        attention.attention_decode(q[:, -count:], k, v, got, got_lse, seqlens=seqlens, **options)
+        assert_bitwise(got, out[:, -count:], f"out, {count} queries")
+        assert_bitwise(got_lse, lse[:, -count:], f"lse, {count} queries")
 
 
 def logprob(hidden: Tensor, weight: Tensor, target: Tensor, g_lp: Tensor, g_ent: Tensor) -> list[Tensor]:

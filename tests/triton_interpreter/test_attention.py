@@ -5,10 +5,13 @@ The numerics of forward and backward are in test_rule.py.
 """
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from test_rule import DTYPES, eager
 from thinkernel.kernels import attention as kernels
+from thinkernel.kernels import configs
 from thinkernel.reference import attention as reference
 from thinkernel.testing.compare import assert_bitwise, check
 from torch import Tensor
@@ -17,8 +20,8 @@ NAN = float("nan")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
-    out = torch.full((*q.shape[:3], v.shape[-1]), NAN, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], NAN)
+    out = torch.full((*q.shape[:-1], v.shape[-1]), NAN, dtype=q.dtype)
+    lse = torch.full(q.shape[:-1], NAN)
     kernels.attention_forward(q, k, v, out, lse, causal=True, **options)
     return out, lse
 
@@ -157,3 +160,23 @@ def test_covers_names_the_argument() -> None:
     assert kernels.covers(q, k, k, prefix=(k.half(), k)).startswith("prefix:")
     wide = torch.randn(1, 2, 1, 320)
     assert kernels.covers(torch.randn(1, 2, 2, 320), wide, k).startswith("q:")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("D,Dv", [(32, 16), (96, 64), (24, 8)])
+def test_tensor_descriptors_move_no_bit(D: int, Dv: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys fetched through tensor descriptors (configs.DESCRIPTORS, off): the bits of the plain loads, padding and packing included."""
+    q, k, v = torch.randn(2, 20, 2, D).to(dtype), torch.randn(2, 75, 1, D).to(dtype), torch.randn(2, 75, 1, Dv).to(dtype)
+    k[1, 70:], v[1, 70:] = NAN, NAN  # nothing past a sequence's end may be read
+    start, cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([3, 40], [0, 5, 20], [0, 30, 70]))
+    calls = [(slice(0, 1), {}), (slice(0, 1), dict(key_start=start[:1], window=(30, -1))), (1, dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k))]
+    plain = [forward(q[rows], k[rows], v[rows], **options) for rows, options in calls]
+    monkeypatch.setitem(configs.DESCRIPTORS, "sm_90", True)
+    with mock.patch.object(kernels, "launch", wraps=kernels.launch) as launched:
+        through = [forward(q[rows], k[rows], v[rows], **options) for rows, options in calls]
+        assert all(call.kwargs["DESCRIPTORS"] for call in launched.call_args_list)
+        forward(q[:, :, :, 1:], k[:, :, :, 1:], v)  # rows that do not begin at 16 bytes
+        assert not launched.call_args.kwargs["DESCRIPTORS"]
+    for got, want in zip(through, plain, strict=True):
+        assert_bitwise(got[0], want[0], "out")
+        assert_bitwise(got[1], want[1], "lse")
