@@ -72,27 +72,30 @@ template <class St> struct Stream<St, float> {
 
  private:
   template <int R> static void scores_of(const St* k, int64_t stride, int64_t D, const float* q, float* s) {
-    vf acc[R];
+    for (int64_t first = 0; first < D; first += Gemm<float>::KB) {  // Gemm's summation blocks
+      const int64_t end = least(D, first + Gemm<float>::KB);
+      vf acc[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = zero();
-    for (int64_t d = 0; d < D; d += W) {
-      vi v[W];
-      if (d + W <= D) {
+      for (int r = 0; r < R; ++r) acc[r] = zero();
+      for (int64_t d = first; d < end; d += W) {
+        vi v[W];
+        if (d + W <= end) {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) v[i] = as_int(load(k + i * stride + d));
-        transpose(v);
+          for (int i = 0; i < W; ++i) v[i] = as_int(load(k + i * stride + d));
+          transpose(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i)
+          for (int i = 0; i < W; ++i)
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
-      } else {
-        for (int i = 0; i < W; ++i) v[i] = as_int(load_n(k + i * stride + d, (int)(D - d)));
-        transpose(v);
-        for (int64_t i = 0; i < D - d; ++i)
-          for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
+            for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
+        } else {
+          for (int i = 0; i < W; ++i) v[i] = as_int(load_n(k + i * stride + d, (int)(end - d)));
+          transpose(v);
+          for (int64_t i = 0; i < end - d; ++i)
+            for (int r = 0; r < R; ++r) acc[r] = fma(splat(q[r * D + d + i]), as_float(v[i]), acc[r]);
+        }
       }
+      for (int r = 0; r < R; ++r) store(s + r * kLd, first > 0 ? load(s + r * kLd) + acc[r] : acc[r]);
     }
-    for (int r = 0; r < R; ++r) store(s + r * kLd, acc[r]);
   }
 
   template <int R>
@@ -149,6 +152,7 @@ template <> struct Stream<bf16, bf16> {
 
   static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s) {
     alignas(64) float block[2][16][16];  // S^T, keys down
+    tile_fence();
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t d = 0; d < D; d += 32, q += 2 * kTile) {
@@ -180,6 +184,7 @@ template <> struct Stream<bf16, bf16> {
         _mm512_storeu_si512(b + d * 32 + pair * 32, _mm512_unpacklo_epi16(even, odd));
         _mm512_storeu_si512(b + d * 32 + kTile + pair * 32, _mm512_unpackhi_epi16(even, odd));
       }
+    tile_fence();
     _tile_loadd(4, probs + at * Mm::MR, 64);
     for (int64_t d = 0; d < Dv; d += 32, b += 2 * kTile) {
       if (at == first) {

@@ -96,9 +96,13 @@ def _check_forward(
 
 @attention_decode_op.check
 def _check_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, *options: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, *options: Any,
 ) -> None:
     checks.lengths_and_pages(seqlens, block_table, k_cache, "k_cache")
+    if prefix_k is not None and prefix_table is not None and prefix_length > 0:
+        used = prefix_table[: -(-prefix_length // prefix_k.shape[1])]
+        checks.within("prefix block_table", used, 0, prefix_k.shape[0] - 1, f"the prefix has {prefix_k.shape[0]} pages")
 
 
 @append_kv_op.check
@@ -187,7 +191,7 @@ attention_forward.differentiate(_setup, _backward, reference=_reference_forward)
 attention_forward.autocast("q", "k", "v")
 attention_backward.refuse_gradient("double backward is not supported")
 attention_decode_op.refuse_gradient("it serves decoding; attention is the differentiable form")
-attention_decode_op.autocast("q", "k_cache", "v_cache")
+attention_decode_op.autocast("q", "k_cache", "v_cache", "prefix_k", "prefix_v")
 
 
 # ---- public ----------------------------------------------------------------------------------------------------
@@ -357,10 +361,15 @@ def _check_prefix(prefix: Any, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor
         raise TypeError("prefix: takes (k, v, length) or (k pages, v pages, length, block_table)")
     k, v, length = prefix[:3]
     table = prefix[3] if len(prefix) == 4 else None
+    if table is not None:
+        checks.tensor("prefix block_table", table, 1, "[max_pages]", checks.INTEGERS)
     dims, where = (3, "[Tp, Hkv, D]") if table is None else (4, "[P, page, Hkv, D]")
     for name, x, cache in (("prefix k", k, k_cache), ("prefix v", v, v_cache)):
         checks.tensor(name, x, dims, where)
+        checks.same_dtype(name, x, "k_cache", k_cache)
         checks.shape(name, x, (*x.shape[:-2], *cache.shape[-2:]), "the cache's heads and head dim")
+    checks.shape("prefix v", v, (*k.shape[:-1], v.shape[-1]), "prefix k's shape up to the last dimension")
+    checks.same_device("k_cache", k_cache, **{"prefix k": k, "prefix v": v, "prefix block_table": table})
     checks.integer("prefix length", length, 0)
     room = k.shape[0] if table is None else len(table) * k.shape[1]
     if length > room:
