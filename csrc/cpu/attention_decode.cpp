@@ -51,11 +51,11 @@ template <class St> struct Decode {
   int64_t shared_floats() const { return head_floats(p.batch * rows) + round_up(p.batch * rows, Mm::MR) * ldo; }
 
   // Scratch of one thread, in floats.
-  int64_t q_floats() const { return round_up(Pass::q_size(D) * (int64_t)sizeof(T) / 4, 16); }
+  int64_t q_floats() const { return round_up(Pass::q_size(rows, D) * (int64_t)sizeof(T) / 4, 16); }
   int64_t probs_floats() const { return Pass::probs_size() * (int64_t)sizeof(T) / 4; }
   int64_t copy_floats() const { return kLine * round_up(most(D, Dv), 16); }
   int64_t scratch_floats(int64_t heads) const {
-    const int64_t stream = heads * (q_floats() + rows * kLd + probs_floats() + Pass::o_size(ldo)) + copy_floats() + Pass::buffer_size(ldo);
+    const int64_t stream = heads * (q_floats() + rows * kLd + probs_floats() + Pass::o_size(rows, ldo)) + copy_floats() + Pass::buffer_size(ldo);
     const int64_t blocks = of(Mm::size_b(kSplit, D) + Mm::size_b(Dv, kSplit) + Mm::size_a(kBlockRows, D)) +
                            kSplit * round_up(most(D, Dv), 16) + Block::floats(Dv);
     return round_up(most(streams ? stream : 0, streams && !shared ? 0 : blocks), 1024);
@@ -74,21 +74,33 @@ template <class St> struct Decode {
     }
     return copy;
   }
-  // The chunk that will be read after this one, towards the cache: same keys of the next head, or the next keys.
-  void ahead(const void* data, const int64_t* stride, int64_t b, int64_t h, int64_t j, int64_t n, int64_t width, int64_t h0,
-             int64_t h1) const {
-    if (++h == h1) h = h0, j += kLine;
-    if (j < n) prefetch_rows(keys.row<St>(data, stride, b, j, h), keys.step(stride, j), width, least(kLine, keys.run(j, n)));
+  // Share `part` of `parts` of the chunk of kLine keys from j on, all of its heads: what to fetch next.
+  Ahead ahead(const void* data, const int64_t* stride, int64_t b, int64_t j, int64_t end, int64_t width, int64_t h0, int64_t h1,
+              int64_t part, int64_t parts) const {
+    constexpr int64_t kRows = kLine / Ahead::kStreams;  // a stream's
+    Ahead x;
+    const int64_t first = part * kRows / parts, last = (part + 1) * kRows / parts;
+    if (j + kLine > end || first == last) return x;
+    for (int u = 0; u < Ahead::kStreams; ++u) x.at[u] = (const char*)keys.row<St>(data, stride, b, j + u * kRows + first, h0);
+    x.step_bytes = keys.step(stride, j) * (int64_t)sizeof(St);
+    x.row_bytes = ((h1 - h0 - 1) * stride[2] + width) * (int64_t)sizeof(St);
+    x.left = last - first;
+    return x;
   }
 
-  // Split `index` of sequence b for heads [h0, h1), streamed; result: the first head's partial, `apart` floats from the next.
-  void split(int64_t b, int64_t index, int64_t h0, int64_t h1, float* scratch, float* result, int64_t apart) const {
+  struct Item {  // split `index` of sequence b, for heads [h0, h1)
+    int64_t b, index, h0, h1;
+  };
+  // An item, streamed, at whose end the next one's first keys are fetched; result: the first head's partial, `apart` floats
+  // from the next.
+  void split(const Item& item, const Item* next_item, float* scratch, float* result, int64_t apart) const {
+    const int64_t b = item.b, index = item.index, h0 = item.h0, h1 = item.h1;
     const int64_t n = keys.count(b), base = index * kSplit, count = least(kSplit, n - base), heads = h1 - h0;
     float* q = scratch;
     float* scores = q + heads * q_floats();
     float* probs = scores + heads * rows * kLd;
     float* o = probs + heads * probs_floats();
-    float* buffer = o + heads * Pass::o_size(ldo);
+    float* buffer = o + heads * Pass::o_size(rows, ldo);
     St* copy = (St*)(buffer + Pass::buffer_size(ldo));
 
     Range here[kStreamRows];  // what a row sees of this split
@@ -105,6 +117,7 @@ template <class St> struct Decode {
     }
     k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
 
+    const typename Pass::Setup setup(rows);
     St* q_rows = (St*)scores;  // [rows, D] pass through the scores' place: D <= 256 < kLd
     for (int64_t h = h0; h < h1; ++h) {
       for (int64_t r = 0; r < rows; ++r)
@@ -114,11 +127,13 @@ template <class St> struct Decode {
     int64_t step;
     for (int64_t k = k0; k < k1; k += kLine)
       for (int64_t h = h0; h < h1; ++h) {
-        ahead(p.k, p.k_stride, b, h, base + k, n, D, h0, h1);
+        Ahead next = ahead(p.k, p.k_stride, b, base + k + kLine, base + k1, D, h0, h1, h - h0, heads);
         const St* from = chunk(p.k, p.k_stride, b, h, base + k, n, D, copy, &step);
-        Pass::scores(from, step, D, (const T*)(q + (h - h0) * q_floats()), rows, scores + (h - h0) * rows * kLd + k);
+        Pass::scores(from, step, D, (const T*)(q + (h - h0) * q_floats()), rows, scores + (h - h0) * rows * kLd + k, next);
       }
-    for (int64_t h = 0; h < heads; ++h)
+    for (int64_t h = 0; h < heads; ++h) {
+      Ahead next = ahead(p.v, p.v_stride, b, base + k0, base + k1, Dv, h0, h1, h, heads);  // while the memory is idle
+      while (next.left) next.step<1>();
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + h * rows * kLd;
         T* x = (T*)(probs + h * probs_floats());
@@ -127,17 +142,22 @@ template <class St> struct Decode {
         if (here[r].lo < here[r].hi) softmax_row<T>(transform, s, x, r, here[r].lo, here[r].hi, k0, k1, m, m + rows);
         else blank_row<T>(s, x, r, k0, k1);
       }
+    }
     for (int64_t k = k0; k < k1; k += kLine)
       for (int64_t h = h0; h < h1; ++h) {
         const int64_t i = h - h0;
-        ahead(p.v, p.v_stride, b, h, base + k, n, Dv, h0, h1);
+        Ahead next = ahead(p.v, p.v_stride, b, base + k + kLine, base + k1, Dv, h0, h1, i, heads);
+        if (k + kLine == k1 && next_item) {
+          const Item& x = *next_item;
+          next = ahead(p.k, p.k_stride, x.b, x.index * kSplit, keys.count(x.b), D, x.h0, x.h1, i, heads);
+        }
         const St* from = chunk(p.v, p.v_stride, b, h, base + k, n, Dv, copy, &step);
         Pass::values(from, step, Dv, scores + i * rows * kLd, (const T*)(probs + i * probs_floats()), rows, k, k0, k1,
-                     o + i * Pass::o_size(ldo), ldo, buffer);
+                     o + i * Pass::o_size(rows, ldo), ldo, buffer, next);
       }
     for (int64_t h = 0; h < heads; ++h) {
-      Pass::finish(o + h * Pass::o_size(ldo), rows, ldo);
-      memcpy(result + h * apart + head_floats(rows), o + h * Pass::o_size(ldo), rows * ldo * sizeof(float));
+      Pass::finish(o + h * Pass::o_size(rows, ldo), rows, ldo);
+      memcpy(result + h * apart + head_floats(rows), o + h * Pass::o_size(rows, ldo), rows * ldo * sizeof(float));
     }
   }
 
@@ -240,13 +260,19 @@ template <class St> struct Decode {
     const auto own = [&](int64_t b, int64_t h, int64_t i) {
       return partials + (first[b] * H + h * splits(b) + i) * stream_floats();
     };
-    parallel_for(p.threads, total * parts, [&](int64_t item, int thread) {
-      const int64_t h0 = item % parts * heads, index = item / parts;
+    const auto item_at = [&](int64_t i) {
       int64_t b = 0;
-      while (first[b + 1] <= index) ++b;
-      const int64_t i = index - first[b];
-      if (!streams) return packed_split(b, shared + i, h0, scratch + thread * floats, own(b, h0, i));
-      split(b, shared + i, h0, least(H, h0 + heads), scratch + thread * floats, own(b, h0, i), splits(b) * stream_floats());
+      while (first[b + 1] <= i / parts) ++b;
+      const int64_t h0 = i % parts * heads;
+      return Item{b, shared + i / parts - first[b], h0, least(H, h0 + heads)};
+    };
+    parallel_for(p.threads, total * parts, [&](int64_t i, int thread) {
+      const Item item = item_at(i);
+      float* result = own(item.b, item.h0, item.index - shared);
+      if (!streams) return packed_split(item.b, item.index, item.h0, scratch + thread * floats, result);
+      const bool more = i + p.threads < total * parts;  // threads take items in turn, about
+      const Item next = more ? item_at(i + p.threads) : item;
+      split(item, more ? &next : nullptr, scratch + thread * floats, result, splits(item.b) * stream_floats());
     });
     parallel_for(p.threads, p.batch * H, [&](int64_t item, int thread) {
       const int64_t b = item / H, h = item % H;
