@@ -55,7 +55,8 @@ template <class St> struct Decode {
   int64_t probs_floats() const { return Pass::probs_size() * (int64_t)sizeof(T) / 4; }
   int64_t copy_floats() const { return kLine * round_up(most(D, Dv), 16); }
   int64_t scratch_floats(int64_t heads) const {
-    const int64_t stream = heads * (q_floats() + rows * kLd + probs_floats() + Pass::o_size(rows, ldo)) + copy_floats() + Pass::buffer_size(ldo);
+    const int64_t head = q_floats() + rows * kLd + probs_floats() + Pass::o_size(rows, ldo);
+    const int64_t stream = heads * head + copy_floats() + Pass::buffer_size(ldo);
     const int64_t blocks = of(Mm::size_b(kSplit, D) + Mm::size_b(Dv, kSplit) + Mm::size_a(kBlockRows, D)) +
                            kSplit * round_up(most(D, Dv), 16) + Block::floats(Dv);
     return round_up(most(streams ? stream : 0, streams && !shared ? 0 : blocks), 1024);
@@ -74,7 +75,9 @@ template <class St> struct Decode {
     }
     return copy;
   }
-  // Share `part` of `parts` of the chunk of kLine keys from j on, all of its heads: what to fetch next.
+
+  // Share `part` of `parts` of the chunk of kLine keys from j on, for heads [h0, h1): what to fetch while that many units of
+  // the chunk before are worked on. Rows that end a page lead astray, which costs nothing but their fetching.
   Ahead ahead(const void* data, const int64_t* stride, int64_t b, int64_t j, int64_t end, int64_t width, int64_t h0, int64_t h1,
               int64_t part, int64_t parts) const {
     constexpr int64_t kRows = kLine / Ahead::kStreams;  // a stream's
@@ -116,6 +119,7 @@ template <class St> struct Decode {
       return;
     }
     k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
+    const int64_t end = least(base + k1, n);
 
     const typename Pass::Setup setup(rows);
     St* q_rows = (St*)scores;  // [rows, D] pass through the scores' place: D <= 256 < kLd
@@ -127,13 +131,14 @@ template <class St> struct Decode {
     int64_t step;
     for (int64_t k = k0; k < k1; k += kLine)
       for (int64_t h = h0; h < h1; ++h) {
-        Ahead next = ahead(p.k, p.k_stride, b, base + k + kLine, base + k1, D, h0, h1, h - h0, heads);
+        Ahead next = ahead(p.k, p.k_stride, b, base + k + kLine, end, D, h0, h1, h - h0, heads);
         const St* from = chunk(p.k, p.k_stride, b, h, base + k, n, D, copy, &step);
         Pass::scores(from, step, D, (const T*)(q + (h - h0) * q_floats()), rows, scores + (h - h0) * rows * kLd + k, next);
+        next.rest();
       }
     for (int64_t h = 0; h < heads; ++h) {
-      Ahead next = ahead(p.v, p.v_stride, b, base + k0, base + k1, Dv, h0, h1, h, heads);  // while the memory is idle
-      while (next.left) next.step<1>();
+      Ahead next = ahead(p.v, p.v_stride, b, base + k0, end, Dv, h0, h1, h, heads);  // while the memory is idle
+      next.rest();
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + h * rows * kLd;
         T* x = (T*)(probs + h * probs_floats());
@@ -146,7 +151,7 @@ template <class St> struct Decode {
     for (int64_t k = k0; k < k1; k += kLine)
       for (int64_t h = h0; h < h1; ++h) {
         const int64_t i = h - h0;
-        Ahead next = ahead(p.v, p.v_stride, b, base + k + kLine, base + k1, Dv, h0, h1, i, heads);
+        Ahead next = ahead(p.v, p.v_stride, b, base + k + kLine, end, Dv, h0, h1, i, heads);
         if (k + kLine == k1 && next_item) {
           const Item& x = *next_item;
           next = ahead(p.k, p.k_stride, x.b, x.index * kSplit, keys.count(x.b), D, x.h0, x.h1, i, heads);
@@ -154,6 +159,7 @@ template <class St> struct Decode {
         const St* from = chunk(p.v, p.v_stride, b, h, base + k, n, Dv, copy, &step);
         Pass::values(from, step, Dv, scores + i * rows * kLd, (const T*)(probs + i * probs_floats()), rows, k, k0, k1,
                      o + i * Pass::o_size(rows, ldo), ldo, buffer, next);
+        next.rest();
       }
     for (int64_t h = 0; h < heads; ++h) {
       Pass::finish(o + h * Pass::o_size(rows, ldo), rows, ldo);

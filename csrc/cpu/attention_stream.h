@@ -32,6 +32,9 @@ struct Ahead {
     for (int u = 0; u < kStreams; ++u) at[u] += step_bytes;
     done = 0, --left;
   }
+  void rest() {
+    while (left) step<1>();
+  }
 };
 
 template <class St, class T> struct Stream;
