@@ -12,6 +12,7 @@
 // B batch, S new queries, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim.
 #include "attention_block.h"
 #include "attention_kernels.h"
+#include "attention_split.h"
 #include "attention_stream.h"
 
 namespace tk::TK_ISA {
@@ -175,11 +176,18 @@ template <class St> struct Decode {
     scratch += of(Mm::size_b(kSplit, D) + Mm::size_b(Dv, kSplit));
     pack_split<St>(keys, b, h, base, count, D, Dv, (St*)scratch, k, v);
     Block block(p, scratch + kSplit * round_up(most(D, Dv), 16));
+    typename Block::Place& place = block.places[0];
     for (int64_t r = 0; r < n; r += Block::kRows) {
-      const int64_t here = least(Block::kRows, n - r);
-      block.o_split = result.o + r * ldo;
-      const bool any = block.run(here, sees + r, base, count, q + r * Mm::padded_k(D), k, v);
-      for (int64_t i = 0; i < here; ++i) result.m[r + i] = any ? block.ms[i] : -INFINITY, result.l[r + i] = block.ls[i];
+      Unit u{base / kSplit, r, least(Block::kRows, n - r), 0, 0};
+      const bool any = Block::bounds(u, sees, count);
+      if (any) {
+        block.scores(u, place, q, k);
+        block.products.finish();
+        block.softmax(u, place, sees, count);
+        block.values(u, place, v, count, result.o + r * ldo);
+        block.products.finish();
+      }
+      for (int64_t i = 0; i < u.rows; ++i) result.m[r + i] = any ? place.ms[i] : -INFINITY, result.l[r + i] = any ? place.ls[i] : 0.0f;
     }
   }
   // The queries of head h's rows [first, first + n), counted through all sequences, as left operands.
@@ -291,7 +299,7 @@ template <class St> void decode(const AttentionDecodeParams& p, const Keys& keys
   if (p.batch * p.kv_heads == 0) return;
   const Decode<St> x(p, keys);
   if (x.streams || (x.shared > 0 && x.rows <= kBlockRows)) return x.run();
-  attention_rows(p, Queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride}, keys);
+  attention_rows(p, Queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride, p.q_len}, keys);
 }
 
 }  // namespace

@@ -56,6 +56,13 @@ def cpu_covers(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
 ) -> str | None:
+    return _cpu_misses(q, v, sinks, None, *mask)
+
+
+def cpu_backward_covers(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
+) -> str | None:
     return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
 
 
@@ -153,7 +160,7 @@ def triton_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale, cu_seqlens_q=cu_seqlens_q)
+    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale)
 
 
 def triton_forward(
@@ -166,7 +173,8 @@ def triton_forward(
     out, lse = _results(q, v)
     kernels.attention_forward(
         q, k, v, out, lse, causal=causal, scale=scale, key_start=_contiguous(key_start, torch.int32),
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return out, lse
 
@@ -185,7 +193,8 @@ def triton_backward(
     kernels.attention_backward(
         q, k, v, out, lse.contiguous(), dout, dq, dk, dv, causal=causal, scale=scale,
         dlse=_contiguous(dlse, torch.float32), key_start=_contiguous(key_start, torch.int32), sinks=wide_sinks,
-        dsinks=dsinks, **mask_keywords(*mask),
+        dsinks=dsinks, cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
 
@@ -197,7 +206,8 @@ def triton_decode_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix_k)
+    prefix = () if prefix_k is None or prefix_v is None else (rows_contiguous(prefix_k), rows_contiguous(prefix_v))
+    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix)
 
 
 def triton_decode(
@@ -209,9 +219,12 @@ def triton_decode(
 
     q = rows_contiguous(q)
     out, lse = _results(q, v_cache)
+    prefix = None
+    if prefix_k is not None and prefix_v is not None:
+        prefix = (rows_contiguous(prefix_k), rows_contiguous(prefix_v), prefix_length, _contiguous(prefix_table, torch.int32))
     kernels.attention_decode(
         q, k_cache, v_cache, out, lse, seqlens=seqlens.int().contiguous(),
         block_table=_contiguous(block_table, torch.int32), causal=causal, scale=scale,
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), prefix=prefix, **mask_keywords(*mask),
     )
     return out, lse
