@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"thinkernel {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough (… | head)
+        sys.stdout = open(os.devnull, "w")  # else the interpreter would try to flush once more
+        return 0
     except (ValueError, FileNotFoundError) as error:
         print(f"thinkernel {args.command}: {error}", file=sys.stderr)
         return 2
