@@ -192,7 +192,7 @@ attention_forward.differentiate(_setup, _backward, reference=_reference_forward)
 attention_forward.autocast("q", "k", "v")
 attention_backward.refuse_gradient("double backward is not supported")
 attention_decode_op.refuse_gradient("it serves decoding; attention is the differentiable form")
-attention_decode_op.autocast("q", "k_cache", "v_cache")
+attention_decode_op.autocast("q", "k_cache", "v_cache", "prefix_k", "prefix_v")
 
 
 # ---- public ----------------------------------------------------------------------------------------------------

@@ -124,8 +124,6 @@ def cpu_decode_covers(
     prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
     scale: float, *mask: Any,
 ) -> str | None:
-    if prefix_k is not None:
-        return "prefix: not in the C++ kernels yet"
     return _cpu_misses(q, v_cache, sinks, None, *mask)
 
 
