@@ -40,7 +40,7 @@ inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
 
 // 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
 // and no subnormals appear. NaN stays NaN. Degree 6 on [-1/2, 1/2], minimax.
-// x = 2^x, N vectors step by step together: one alone is a chain of 14 dependent instructions.
+// Here N vectors in place, step by step together: one alone is a chain of dependent instructions.
 template <int N> inline __attribute__((always_inline)) void exp2_fast(vf* x) {
   constexpr float kC[7] = {1.0f,           6.931472028e-1f, 2.402264791e-1f, 5.550332472e-2f,
                            9.618437357e-3f, 1.339887440e-3f, 1.535336188e-4f};
@@ -234,7 +234,7 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
   }
   *lse = fma(splat(m), splat(f.factor), splat(logf(l)))[0];
   const float divisor = sink ? l * (1.0f + expf(*sink - *lse)) : l;
-  if constexpr (sizeof(S) == 2) {  // a division takes as long as 10 products; 16 bits do not show the second rounding
+  if constexpr (sizeof(S) == 2) {  // a division takes as long as 20 products; 16 bits do not show the second rounding
     const vf factor = splat(1.0f / divisor);
     for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) * factor, (int)(value_dim - d));
   } else {
