@@ -71,7 +71,7 @@ LARGER = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", [*SMALL, *LARGER], ids=str)
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
-    results = list(evaluate(case, "triton", dtype))
+    results = list(evaluate(case, "triton", dtype, draws=3))  # more take the interpreter minutes
     skipped = {r.case.name for r in results if r.skipped}
     assert skipped <= NOT_COVERED, results[0].skipped
     messages = [r.comparison.message for r in results if r.comparison is not None and r.comparison.message]

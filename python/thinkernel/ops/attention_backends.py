@@ -59,6 +59,14 @@ def cpu_covers(
     return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
 
 
+def cpu_backward_covers(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
+    key_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
+    *mask: Any,
+) -> str | None:
+    return _cpu_misses(q, v, sinks, None, *mask)
+
+
 def _shape_fields(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, *mask: Any
 ) -> dict[str, Any]:
