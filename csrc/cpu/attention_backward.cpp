@@ -46,6 +46,8 @@ template <class St> struct Backward {
   using Mm = Gemm<T>;
   using Block = GradBlock<T>;
   static constexpr int64_t kQueries = Block::kQueries, kKeys = Block::kKeys, kGroup = Block::kGroup;
+  static constexpr int64_t kGroups = kQueries / kGroup;
+  static constexpr int64_t kTogether = 2;  // key blocks a query block passes over while it is in L2
   static constexpr int64_t kPackedBytes = 512 << 20;  // packed operands held at a time
 
   const AttentionBackwardParams& p;
@@ -58,6 +60,7 @@ template <class St> struct Backward {
   const int64_t q_size = q_across + q_down + o_across + o_down;
   const int64_t k_down = Mm::size_a(kKeys, D), v_down = Mm::size_a(kKeys, Dv);
   const int64_t k_size = k_down + v_down + Block::key_size(D);
+  const int64_t sum_size = kTogether * kKeys * (ldk + ldv);
   const Transform transform{p};
 
   explicit Backward(const AttentionBackwardParams& params)
@@ -89,7 +92,7 @@ template <class St> struct Backward {
     const int64_t i = x.first + qb * kQueries + x.n - x.S;
     return {visible_keys(p, i, x.n).lo, visible_keys(p, i + queries(x, qb) - 1, x.n).hi};
   }
-  Range key_blocks(const Sequence& x, int64_t qb) const {
+  Range key_blocks_seen(const Sequence& x, int64_t qb) const {
     const Range seen = hull(x, qb);
     return {seen.lo / kKeys, (seen.hi + kKeys - 1) / kKeys};
   }
@@ -97,7 +100,7 @@ template <class St> struct Backward {
     const auto first = [&](int64_t a, const auto& holds) {
       for (int64_t b = x.q_blocks; a < b;) {
         const int64_t middle = (a + b) / 2;
-        if (holds(key_blocks(x, middle))) b = middle;
+        if (holds(key_blocks_seen(x, middle))) b = middle;
         else a = middle + 1;
       }
       return a;
@@ -224,11 +227,11 @@ template <class St> struct Backward {
       write_row(dv + r * ldv, 1.0f, Dv, at<St>(p.dv, p.dv_stride, x.s.b, j0 + r, x.head));
     }
   }
-  void write_queries(const Pair& x, int64_t g, int64_t qb, const float* dq, bool started, Block& scratch) const {
+  void write_queries(const Pair& x, int64_t g, int64_t qb, const float* dq, const bool* started, Block& scratch) const {
     const int64_t i0 = x.s.q + x.s.first + qb * kQueries;
     for (int64_t r = 0; r < queries(x.s, qb); ++r) {
       St* out = at<St>(p.dq, p.dq_stride, x.s.b, i0 + r, x.head * G + g);
-      if (started) write_row(scratch.dq_row(dq, r, D), p.scale, D, out);
+      if (started[r / kGroup]) write_row(scratch.dq_row(dq, r, D), p.scale, D, out);
       else memset((void*)out, 0, D * sizeof(St));
     }
   }
@@ -271,27 +274,36 @@ template <class St> struct Backward {
     else if (j < 0) write_blanks(x);
     else if (j < G * x.s.q_blocks) prepare_queries(x, j / x.s.q_blocks, j % x.s.q_blocks);
   }
-  void key_block(const Pair& x, int64_t kb, Block& scratch, float* dk, float* dv, float* dq, bool* dq_started) const {
-    const int64_t keys = least(kKeys, x.s.n - kb * kKeys);
-    memset(dk, 0, round_up(keys, Block::kPanel) * ldk * sizeof(float));
-    memset(dv, 0, round_up(keys, Block::kPanel) * ldv * sizeof(float));
-    const Range seen = query_blocks(x.s, kb);
+  // dK and dV of `count` neighbouring key blocks, and what they add to dQ. sums: [kTogether] of dK and dV.
+  void key_blocks(const Pair& x, int64_t kb, int64_t count, Block& scratch, float* sums, float* dq, bool* dq_started) const {
+    Range seen[kTogether];
+    float *dk[kTogether], *dv[kTogether];
+    for (int64_t u = 0; u < count; ++u) {
+      const int64_t rows = round_up(least(kKeys, x.s.n - (kb + u) * kKeys), Block::kPanel);
+      seen[u] = query_blocks(x.s, kb + u);
+      dk[u] = sums + u * kKeys * (ldk + ldv), dv[u] = dk[u] + kKeys * ldk;
+      memset(dk[u], 0, rows * ldk * sizeof(float));
+      memset(dv[u], 0, rows * ldv * sizeof(float));
+    }
     for (int64_t g = 0; g < G; ++g)
-      for (int64_t qb = seen.lo; qb < seen.hi; ++qb) {
+      for (int64_t qb = seen[0].lo; qb < seen[count - 1].hi; ++qb) {
         const int64_t at_dq = g * x.s.q_blocks + qb;
-        block(x, g, qb, kb, scratch, dk, dv, dq ? dq + at_dq * dq_size : nullptr, dq ? dq_started + at_dq : nullptr);
+        for (int64_t u = 0; u < count; ++u)
+          if (seen[u].lo <= qb && qb < seen[u].hi)
+            block(x, g, qb, kb + u, scratch, dk[u], dv[u], dq ? dq + at_dq * dq_size : nullptr,
+                  dq ? dq_started + at_dq * kGroups : nullptr);
       }
-    write_keys(x, kb, dk, dv);
+    for (int64_t u = 0; u < count; ++u) write_keys(x, kb + u, dk[u], dv[u]);
   }
   void query_block(const Pair& x, int64_t g, int64_t qb, Block& scratch, float* dq) const {
-    bool started = false;
-    const Range seen = key_blocks(x.s, qb);
-    for (int64_t kb = seen.lo; kb < seen.hi; ++kb) block(x, g, qb, kb, scratch, nullptr, nullptr, dq, &started);
+    bool started[kGroups] = {};
+    const Range seen = key_blocks_seen(x.s, qb);
+    for (int64_t kb = seen.lo; kb < seen.hi; ++kb) block(x, g, qb, kb, scratch, nullptr, nullptr, dq, started);
     write_queries(x, g, qb, dq, started, scratch);
   }
 
   // Memory for pairs of sequences order[0 .. count): the packed operands of one, and what a thread needs, which is the
-  // block's scratch, dK and dV of a key block, dQ of `dq_blocks` query blocks, and which of those have been started.
+  // block's scratch, dK and dV of kTogether key blocks, dQ of `dq_blocks` query blocks, and which groups of it have begun.
   struct Sizes {
     int64_t q_blocks = 0, k_blocks = 0, bytes = 0, dq_blocks = 1, local = 0;
   };
@@ -302,7 +314,7 @@ template <class St> struct Backward {
       m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks));
     }
     if (one_pass) m.dq_blocks = G * m.q_blocks;
-    m.local = round_up(Block::floats() + kKeys * (ldk + ldv) + m.dq_blocks * dq_size + m.dq_blocks / 4 + 1, 1024);
+    m.local = round_up(Block::floats() + sum_size + m.dq_blocks * dq_size + m.dq_blocks * kGroups / 4 + 1, 1024);
     return m;
   }
 
@@ -316,14 +328,15 @@ template <class St> struct Backward {
       const Pair x = pair_at(order, item, packed + thread * m.bytes);
       float* base = scratch + thread * m.local;
       Block block(base);
-      float *dk = base + Block::floats(), *dv = dk + kKeys * ldk, *dq = dv + kKeys * ldv;
+      float *sums = base + Block::floats(), *dq = sums + sum_size;
       bool* started = (bool*)(dq + m.dq_blocks * dq_size);
       const int64_t dq_blocks = G * x.s.q_blocks;
-      memset(started, 0, dq_blocks);
+      memset(started, 0, dq_blocks * kGroups);
       for (int64_t step = 0; step < x.s.k_blocks + 1 + dq_blocks; ++step) prepare(x, step);
-      for (int64_t kb = 0; kb < x.s.k_blocks; ++kb) key_block(x, kb, block, dk, dv, dq, started);
+      for (int64_t kb = 0; kb < x.s.k_blocks; kb += kTogether)
+        key_blocks(x, kb, least(kTogether, x.s.k_blocks - kb), block, sums, dq, started);
       for (int64_t j = 0; j < dq_blocks; ++j)
-        write_queries(x, j / x.s.q_blocks, j % x.s.q_blocks, dq + j * dq_size, started[j], block);
+        write_queries(x, j / x.s.q_blocks, j % x.s.q_blocks, dq + j * dq_size, started + j * kGroups, block);
     });
   }
 
@@ -343,10 +356,10 @@ template <class St> struct Backward {
         const Pair x = pair_at(order, done + item % here, packed + item % here * m.bytes);
         float* base = scratch + thread * m.local;
         Block block(base);
-        float *dk = base + Block::floats(), *dv = dk + kKeys * ldk, *dq = dv + kKeys * ldv;
+        float *sums = base + Block::floats(), *dq = sums + sum_size;
         const int64_t kb = item / here, j = most_q - 1 - (kb - m.k_blocks);
         if (kb < m.k_blocks) {
-          if (kb < x.s.k_blocks) key_block(x, kb, block, dk, dv, nullptr, nullptr);
+          if (kb < x.s.k_blocks) key_blocks(x, kb, 1, block, sums, nullptr, nullptr);
         } else if (j / G < x.s.q_blocks) {
           query_block(x, j % G, j / G, block, dq);
         }

@@ -146,6 +146,7 @@ template <> struct GradBlock<float> {
   float *s, *ds;  // [kPanel, kLdq] S^T, then P^T; [kKeys, kLdq] dP^T, then dS^T
   explicit GradBlock(float* base) : s(base), ds(base + kPanel * kLdq) {}
 
+  // dq_started, by groups: whether dq holds a sum already.
   void run(const Transform& f, const BlockOperands<float>& o, float* dk, float* dv, float* dq, bool* dq_started) {
     const Grad<float> grad(f);
     const int64_t q_panel = Mm::NR * o.queries;
@@ -173,9 +174,10 @@ template <> struct GradBlock<float> {
       int64_t ka, kb;
       keys_seen(o, kPanel, q / kGroup, &ka, &kb);
       if (ka >= kb) continue;
-      if (!*dq_started) memset(dq, 0, o.queries * o.ldk * sizeof(float)), *dq_started = true;
+      bool& started = dq_started[q / kGroup];
       Mm::gemm_panels<1, kLdq>(least(kGroup, o.queries - q), o.ldk, least(kb, o.keys) - ka, ds + ka * kLdq + q, Mm::MR,
-                               o.key + ka * Mm::NR, Mm::NR * o.keys, dq + q * o.ldk, o.ldk, true);
+                               o.key + ka * Mm::NR, Mm::NR * o.keys, dq + q * o.ldk, o.ldk, started);
+      started = true;
     }
   }
 
@@ -280,9 +282,9 @@ template <> struct GradBlock<bf16> {
       int64_t ka, kb;
       keys_seen(o, kPanel, g, &ka, &kb);
       if (ka >= kb) continue;
-      if (!*dq_started) memset(dq, 0, round_up(o.queries, 32) * kp * sizeof(float)), *dq_started = true;
       Mm::gemm_panels(kp, 32, kb - ka, o.key + ka * Mm::MR, k_panel, ds_across + g * 32 * kKeys + ka * 32, 0, dq + g * kp * 32,
-                      32, true);
+                      32, dq_started[g]);
+      dq_started[g] = true;
     }
   }
 
