@@ -1,10 +1,19 @@
-"""Attention on the CPU against torch's SDPA (and its forms), interleaved in one run: forward, forward + backward, decode.
+"""Attention on the CPU against the best PyTorch form of each piece of work, interleaved in one run.
 
-    python bench/attention.py                        # every workload
+    python bench/attention.py                                            # all of it, several minutes
     python bench/attention.py forward --lengths 2048 --dtypes bfloat16
+    python bench/attention.py window --lengths 4096 --out /tmp/window.json
 
+What is measured, B = 1 and D = 128 but for decode:
+    forward, backward   causal, 16/4 heads (backward: forward and backward together)
+    window              the same with a window of 128 keys, forward and forward + backward, with the time per token
+    decode              one token for each of B = 8 sequences of 4096 keys, 32/8 heads, caches cold
+The PyTorch forms: SDPA on K/V expanded to all heads beforehand, SDPA with enable_gqa, SDPA with a group's heads folded into
+query rows under a mask, compiled flex_attention (no backward on the CPU), plain matmuls with a softmax; those that need an
+[S, T] array are left out where it would take seconds.
 Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (what torch's own matmul makes of the
-machine at that minute), the floor of the work, and the peak extra memory of one call. Results go to bench/results/.
+machine at that minute), the floor of the work, and the peak extra memory of one call, also as multiples of q's size: ours is
+O(S·D), out (and the three gradients) plus packed K and V. Results go to bench/results/.
 FLOPs: forward 4·B·H·S²·D, half under a causal mask; backward 2.5 times that.
 """
 
@@ -12,13 +21,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import thinkernel as tk
@@ -26,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from thinkernel.ops.dispatch import C
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 RESULTS = Path(__file__).parent / "results"
 GEMM = {torch.float32: 0.37e12, torch.bfloat16: 2.4e12}  # torch's 2048³ matmul on 2 quiet cores of the reference machine
@@ -76,35 +87,67 @@ def heads(B: int, S: int, T: int, H: int, Hkv: int, D: int, dtype: torch.dtype) 
     return [torch.randn(B, n, h, D).to(dtype) for n, h in ((S, H), (T, Hkv), (T, Hkv))]
 
 
-def prefill(S: int, dtype: torch.dtype, backward: bool) -> tuple[dict[str, Callable[[], object]], float]:
-    """Causal, B = 1, 16/4 heads, D = 128 -> contestants, floor in seconds. SDPA gets K/V already expanded to 16 heads."""
-    H, Hkv, D = 16, 4, 128
+HEADS, KV_HEADS, HEAD_DIM, WINDOW = 16, 4, 128, 128
+# the longest sequence at which the forms with an [S, T] array are run: (plain matmuls, masks)
+SQUARE = {"forward": (2048, 4096), "backward": (2048, 2048), "window": (2048, 8192), "window-backward": (2048, 4096)}
+
+
+@functools.cache
+def flex() -> Callable[..., Tensor]:
+    """flex_attention compiled once for each shape, as users call it."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """[B, H, S, D]: matmul, mask, softmax, matmul."""
+    scores = (q @ k.mT).mul_(q.shape[-1] ** -0.5) if not q.requires_grad else (q @ k.mT) * q.shape[-1] ** -0.5
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+def prefill(S: int, dtype: torch.dtype, backward: bool, window: int = 0) -> tuple[dict[str, Callable[[], object]], float]:
+    """-> contestants, floor in seconds. Causal; window > 0: only the last `window` keys of each query."""
+    H, Hkv, D, G = HEADS, KV_HEADS, HEAD_DIM, HEADS // KV_HEADS
     q, k, v = heads(1, S, S, H, Hkv, D, dtype)
-    wide = [x.transpose(1, 2).contiguous() for x in (q, k.repeat_interleave(H // Hkv, 2), v.repeat_interleave(H // Hkv, 2))]
-    grouped = [x.transpose(1, 2) for x in (q, k, v)]
+    wide = [x.transpose(1, 2).contiguous() for x in (q, k.repeat_interleave(G, 2), v.repeat_interleave(G, 2))]
     dout = torch.randn_like(q)
     dout_wide = dout.transpose(1, 2).contiguous()
+    leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+    wide = [x.requires_grad_(backward) for x in wide]
+    by_head = [x.transpose(1, 2) for x in leaves]
+    matmuls, masks = SQUARE[("window" if window else "forward") if not backward else ("window-backward" if window else "backward")]
 
-    def ours() -> object:
-        return tk.attention(q, k, v, causal=True)
+    def call(run: Callable[[], Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> Callable[[], object]:
+        return (lambda: torch.autograd.grad(run(), inputs, gradient)) if backward else run
 
-    def expanded() -> object:
-        return F.scaled_dot_product_attention(*wide, is_causal=True)
-
-    def gqa() -> object:
-        return F.scaled_dot_product_attention(*grouped, is_causal=True, enable_gqa=True)
-
-    flops = 2 * H * S * S * D
+    options = {"window": (window - 1, 0)} if window else {}
+    found = {"thinkernel": call(lambda: tk.attention(*leaves, causal=True, **options), leaves, dout)}
+    p, j = torch.arange(S)[:, None], torch.arange(S)
+    if not window:
+        found["sdpa"] = call(lambda: F.scaled_dot_product_attention(*wide, is_causal=True), wide, dout_wide)
+        found["sdpa enable_gqa"] = call(
+            lambda: F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True), leaves, dout_wide
+        )
+    if window and S <= masks:
+        visible = (j <= p) & (j > p - window)  # [S, S]
+        found["sdpa, mask"] = call(lambda: F.scaled_dot_product_attention(*wide, attn_mask=visible), wide, dout_wide)
+    if S <= min(masks, 4096):
+        tall = (((j <= p) & (j > p - window)) if window else j <= p).repeat(G, 1)  # [G·S, S]
+        folded = [wide[0].detach().view(1, Hkv, G * S, D).requires_grad_(backward), *(x.transpose(1, 2) for x in leaves[1:])]
+        grad_folded = dout_wide.view(1, Hkv, G * S, D)
+        found["sdpa, group as rows"] = call(
+            lambda: F.scaled_dot_product_attention(*folded, attn_mask=tall), [folded[0], *leaves[1:]], grad_folded
+        )
+    if S <= matmuls:
+        hidden = ~((j <= p) & (j > p - window)) if window else j > p
+        found["plain matmuls"] = call(lambda: plain(*wide, hidden), wide, dout_wide)
     if not backward:
-        return {"thinkernel": ours, "sdpa": expanded, "sdpa enable_gqa": gqa}, flops / GEMM[dtype]
-    for x in (q, k, v, *wide):
-        x.requires_grad_()
-    grouped[:] = [x.transpose(1, 2) for x in (q, k, v)]
-    return {
-        "thinkernel": lambda: torch.autograd.grad(ours(), (q, k, v), dout),
-        "sdpa": lambda: torch.autograd.grad(expanded(), wide, dout_wide),
-        "sdpa enable_gqa": lambda: torch.autograd.grad(gqa(), grouped, dout_wide),
-    }, 3.5 * flops / GEMM[dtype]
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (j > i - window) if window else j <= i
+
+        mask = create_block_mask(rule, None, None, S, S, device="cpu")
+        found["flex_attention compiled"] = lambda: flex()(*by_head, block_mask=mask, enable_gqa=True)
+    pairs = S * min(S, window) if window else S * S / 2  # of queries and keys
+    return found, 4 * H * D * pairs * (3.5 if backward else 1) / GEMM[dtype]
 
 
 def decode(T: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], float]:
@@ -135,24 +178,37 @@ def evict() -> Callable[[], object]:
 def measure(work: str, size: int, name: str, repeats: int) -> dict[str, object]:
     """One workload in one dtype: runs it, prints its line, returns its row of the results."""
     dtype = getattr(torch, name)
-    contestants, floor = decode(size, dtype) if work == "decode" else prefill(size, dtype, work == "backward")
+    if work == "decode":
+        contestants, floor = decode(size, dtype)
+    else:
+        contestants, floor = prefill(size, dtype, "backward" in work, WINDOW if "window" in work else 0)
     before = evict() if work == "decode" else lambda: None
-    times = interleave(contestants | {"gemm": canary(dtype)}, repeats * (4 if size <= 512 else 1), before)
+    repeats = 4 * repeats if size <= 512 else repeats if size < 8192 else max(3, repeats // 3)
+    times = interleave(contestants | {"gemm": canary(dtype)}, repeats, before)
     gemm = 2 * 1024**3 / statistics.median(times.pop("gemm")) / 1e9
     middle = {who: statistics.median(found) * 1e3 for who, found in times.items()}
-    best = min(t for who, t in middle.items() if not who.startswith("thinkernel"))
-    speedup = round(best / middle["thinkernel"], 2)
+    peers = [t for who, t in middle.items() if not who.startswith("thinkernel")]
+    speedup = round(min(peers) / middle["thinkernel"], 2) if peers else None
     line = ", ".join(f"{who} {t:.2f}" for who, t in middle.items())
-    print(
-        f"{work} {size} {name}: {line} ms; floor {floor * 1e3:.2f} ms; {speedup}x the best of torch; gemm {gemm:.0f} GFLOP/s",
-        flush=True,
-    )
-    return dict(
+    extra = {who: round(peak_extra_mib(run), 1) for who, run in contestants.items()}
+    row: dict[str, object] = dict(
         work=work, size=size, dtype=name, milliseconds={who: round(t, 3) for who, t in middle.items()},
         fastest={who: round(min(found) * 1e3, 3) for who, found in times.items()}, floor=round(floor * 1e3, 3),
-        speedup=speedup, gemm_gflops=round(gemm),
-        peak_extra_mib={who: round(peak_extra_mib(run), 1) for who, run in contestants.items()},
+        speedup=speedup, gemm_gflops=round(gemm), peak_extra_mib=extra,
     )
+    if work != "decode":
+        row["q_mib"] = q_mib = round(size * HEADS * HEAD_DIM * dtype.itemsize / 2**20, 1)
+        row["peak_extra_in_q"] = {who: round(mib / q_mib, 1) for who, mib in extra.items()}
+        row["us_per_token"] = round(middle["thinkernel"] * 1e3 / size, 2)
+        line += f" ms ({row['us_per_token']} us a token); extra {extra['thinkernel']} MiB, {row['peak_extra_in_q']['thinkernel']} times q"
+    else:
+        line += f" ms; extra {extra['thinkernel']} MiB"
+    versus = f"{speedup}x the best of torch" if peers else "no form of torch"
+    print(f"{work} {size} {name}: {line}; floor {floor * 1e3:.2f} ms; {versus}; gemm {gemm:.0f} GFLOP/s", flush=True)
+    return row
+
+
+LENGTHS = {"forward": [512, 2048, 8192], "backward": [512, 2048, 8192], "window": [2048, 4096, 8192, 16384], "decode": [4096]}
 
 
 def cpu_name() -> str:
@@ -167,21 +223,23 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="*", default=["forward", "backward", "decode"], help="forward, backward (with the forward), decode")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("work", nargs="*", default=list(LENGTHS), help="forward, backward (with the forward), window, decode")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: forward and backward 512 2048 8192, window 2048 … 16384")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "attention_cpu.json", help="results file")
     args = parser.parse_args()
-    unknown = set(args.work) - {"forward", "backward", "decode"}
+    unknown = set(args.work) - set(LENGTHS)
     if unknown:
-        parser.error(f"unknown work: {', '.join(sorted(unknown))} (takes forward, backward, decode)")
+        parser.error(f"unknown work: {', '.join(sorted(unknown))} (takes {', '.join(LENGTHS)})")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
-    for work in args.work:
-        for size in [4096] if work == "decode" else args.lengths:
+    works = [part for work in args.work for part in ([work, "window-backward"] if work == "window" else [work])]
+    for work in works:
+        lengths = LENGTHS[work.removesuffix("-backward")]
+        for size in lengths if work == "decode" or not args.lengths else args.lengths:
             for name in args.dtypes:
                 with tk.use_backend("cpu"):
                     rows.append(measure(work, size, name, args.repeats))

@@ -1,7 +1,7 @@
-"""Grouped-query attention, forward and decode (backward: attention_backward.py).
+"""Grouped-query attention, the forward (attention_backward.py, attention_decode.py: the rest of the family).
 
-Shapes: B batch, S queries (Sq in decode), T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim,
-P pages, M and N the rows and keys of a tile.
+Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, N packed tokens,
+M and N the rows and keys of a tile.
 
     s = scale·q·k (softcap: c·tanh(s/c)),  lse = log Σ_j exp(s_j) over visible keys,  o = Σ_j exp(s_j − lse)·v_j,
     with a sink σ: o ← o·sigmoid(lse − σ). Rows that see nothing: o = 0, lse = −inf.
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import configs
 from .attention_backward import attention_backward
-from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, merge
+from .attention_decode import attention_decode
+from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, packed_rows, packed_tile, tiles
 from .primitives import is_wide, launch, load_tile, store_tile
 
 __all__ = ["attention_backward", "attention_decode", "attention_forward", "covers"]
@@ -28,23 +29,33 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
-def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr,
-                    S, T, H, G,
+@triton.jit(do_not_specialize=["S", "T", "n_tiles", "n_sequences", "left", "right", "chunk"])
+def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr,
+                    S, T, H, G, n_tiles, n_sequences,
                     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                     stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
                     scale, softcap, left, right, chunk,
                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
                     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                    KEY_START: tl.constexpr, WIDE: tl.constexpr):
+                    KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
     """One program: M queries of one head against all the keys they see."""
     # Which tile. Heads vary fastest and late query blocks (the longest under a causal mask) come first.
-    row_blocks = tl.cdiv(S, M)
     pid = tl.program_id(0)
-    b = (pid // (H * row_blocks)).to(tl.int64)
+    b = (pid // (H * n_tiles)).to(tl.int64)
     h = pid % H
-    m0 = (row_blocks - 1 - (pid // H) % row_blocks) * M
+    tile = n_tiles - 1 - (pid // H) % n_tiles
+    m0 = tile * M
+    if PACKED:
+        sequence, m0 = packed_tile(tile, cu_q_ptr, n_sequences, M)
+        q_first, S = packed_rows(sequence, cu_q_ptr, S)
+        k_first, T = packed_rows(sequence, cu_k_ptr, T)
+        T = tl.where(m0 < S, T, 0)  # an idle tile sees no key
+        q_ptr += q_first.to(tl.int64) * stride_qs
+        k_ptr += k_first.to(tl.int64) * stride_ks
+        v_ptr += k_first.to(tl.int64) * stride_vs
+        out_ptr += q_first.to(tl.int64) * stride_os
+        lse_ptr += q_first.to(tl.int64) * stride_ls
     row = m0 + tl.arange(0, M)  # [M]
     p = row + T - S
     key_start = 0
@@ -68,9 +79,9 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], float("-inf"), tl.float32)
     acc, total, peak = attend(
-        acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T, k_base, v_base, stride_ks, stride_vs,
-        k_base, 0, 0, 0, scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0,
-        LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+        acc, total, peak, q, q_rest, p, first, last, whole_first, whole_last, key_start, T,
+        (k_base, v_base, stride_ks, stride_vs, k_base, 0, 0, 0), (), 0, scale, softcap, left, right, chunk,
+        N, D, DV, BLOCK_D, REST_D, BLOCK_DV, SPLIT // N if SPLITS else 0, 0, False, 0, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
 
     # Normalise and write.
     sink = 0.0
@@ -82,120 +93,12 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_start_ptr, sinks_
     tl.store(lse_ptr + b * stride_lb + row.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=row < S)
 
 
-@triton.jit(do_not_specialize=["SQ", "capacity", "n_pages", "n_splits", "left", "right", "chunk"])
-def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, peak_ptr, seqlens_ptr, table_ptr, sinks_ptr,
-                   SQ, HKV, G, capacity, n_pages, n_splits,
-                   stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                   stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh, stride_table,
-                   scale, softcap, left, right, chunk,
-                   D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr,
-                   LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                   WIDE: tl.constexpr):
-    """One program: one split of one sequence's keys, one key head, M of the Sq·G (query, head of the group) rows.
-
-    SINGLE (the cache holds one split at most) writes out and lse, otherwise the unnormalised split for _merge_kernel.
-    """
-    # Which tile; splits vary fastest, neighbours read neighbouring keys.
-    row_blocks = tl.cdiv(SQ * G, M)
-    pid = tl.program_id(0)
-    split = pid % n_splits
-    tile = pid // n_splits
-    kv_head = (tile // row_blocks) % HKV
-    b = (tile // (row_blocks * HKV)).to(tl.int64)
-    T = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), capacity)
-    if split * SPLIT < tl.maximum(T, 1):
-        row = (tile % row_blocks) * M + tl.arange(0, M)  # [M]
-        s = row // G
-        h = kv_head * G + row % G
-        p = s + T - SQ
-        live = row < SQ * G
-
-        # Load the queries.
-        q_at = q_ptr + b * stride_qb + s.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
-        column = tl.arange(0, BLOCK_D)
-        q = tl.load(q_at[:, None] + column[None, :], mask=live[:, None] & (column < D)[None, :], other=0.0)  # [M, D]
-        q_rest = q
-        if REST_D > 0:
-            rest = BLOCK_D + tl.arange(0, REST_D)
-            q_rest = tl.load(q_at[:, None] + rest[None, :], mask=live[:, None] & (rest < D)[None, :], other=0.0)
-        k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
-        v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
-        if PAGE == 0:
-            k_base += b * stride_kb
-            v_base += b * stride_vb
-
-        # Attend to the split's blocks.
-        s_first = ((tile % row_blocks) * M) // G
-        s_last = tl.minimum((tile % row_blocks) * M + M, SQ * G) - 1
-        first, last, whole_first, whole_last = key_blocks(
-            s_first + T - SQ, s_last // G + T - SQ, 0, T, left, right, chunk, N, LEFT, RIGHT, CHUNK)
-        per_split: tl.constexpr = SPLIT // N
-        acc = tl.zeros([M, BLOCK_DV], tl.float32)
-        total = tl.zeros([M], tl.float32)
-        peak = tl.full([M], float("-inf"), tl.float32)
-        table = k_base  # stands in where there are no pages
-        if PAGE > 0:
-            table = table_ptr + b * stride_table
-        acc, total, peak = attend(
-            acc, total, peak, q, q_rest, p, tl.maximum(first, split * per_split), tl.minimum(last, (split + 1) * per_split),
-            whole_first, whole_last, 0, T, k_base, v_base, stride_ks, stride_vs, table, stride_kb, stride_vb, n_pages,
-            scale, softcap, left, right, chunk, N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
-
-        # Write the result, or the split.
-        value = tl.arange(0, BLOCK_DV)
-        inside = live[:, None] & (value < DV)[None, :]
-        if SINGLE:
-            sink = tl.zeros([M], tl.float32)
-            if SINKS:
-                sink = tl.load(sinks_ptr + h, mask=live, other=0.0).to(tl.float32)
-            out, lse = finish(acc, total, peak, sink, SINKS, q.dtype == tl.float32)
-            o_at = out_ptr + b * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
-            tl.store(o_at[:, None] + value[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(lse_ptr + b * stride_lb + s.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=live)
-        else:
-            slot = ((b * SQ + s) * (HKV * G) + h) * n_splits + split  # [M], rows in the order (b, s, h)
-            tl.store(part_ptr + slot[:, None] * DV + value[None, :], acc, mask=inside)
-            tl.store(total_ptr + slot, total, mask=live)
-            tl.store(peak_ptr + slot, peak, mask=live)
-
-
-@triton.jit(do_not_specialize=["SQ", "capacity", "n_splits"])
-def _merge_kernel(part_ptr, total_ptr, peak_ptr, out_ptr, lse_ptr, seqlens_ptr, sinks_ptr, SQ, H, capacity, n_splits,
-                  stride_ob, stride_os, stride_oh, stride_lb, stride_ls, stride_lh,
-                  DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr):
-    """One program: one row (b, s, h); its splits, in order -> out [Dv], lse."""
-    slot = tl.program_id(0).to(tl.int64)
-    h = slot % H
-    s = (slot // H) % SQ
-    b = slot // (H * SQ)
-    T = tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), capacity)
-    EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
-    value = tl.arange(0, BLOCK_DV)
-    one = tl.arange(0, 1)
-    acc = tl.zeros([1, BLOCK_DV], tl.float32)
-    total = tl.zeros([1], tl.float32)
-    peak = tl.full([1], float("-inf"), tl.float32)
-    for split in range(0, tl.cdiv(T, SPLIT)):
-        at = slot * n_splits + split
-        part = tl.load(part_ptr + at * DV + value, mask=value < DV, other=0.0)[None, :]
-        acc, total, peak = merge(acc, total, peak, part, tl.load(total_ptr + at + one), tl.load(peak_ptr + at + one), EXACT)
-    sink = tl.zeros([1], tl.float32)
-    if SINKS:
-        sink = tl.load(sinks_ptr + h + one).to(tl.float32)
-    out, lse = finish(acc, total, peak, sink, SINKS, EXACT)
-    o_at = out_ptr + b * stride_ob + s * stride_os + h * stride_oh
-    tl.store(o_at + value[None, :], out.to(out_ptr.dtype.element_ty), mask=(value < DV)[None, :])
-    tl.store(lse_ptr + b * stride_lb + s * stride_ls + h * stride_lh + one, lse)
-
-
-def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-           cu_seqlens_k: Tensor | None = None, prefix: object | None = None) -> str | None:
+def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, prefix: tuple[Tensor, ...] = ()) -> str | None:
     """Why attention_forward, attention_backward and attention_decode cannot take this call, naming the argument; None if they can.
 
-    window, chunk, sinks, softcap and key_start are all covered.
+    window, chunk, sinks, softcap, key_start and packed sequences are all covered.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in (("q", q), ("k", k), ("v", v), *(("prefix", x) for x in prefix)):
         if x.dtype not in DTYPES:
             return f"{name}: {x.dtype} is not one of {DTYPES}"
         if x.dtype != q.dtype:
@@ -206,20 +109,21 @@ def covers(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cu_se
             return f"{name}: the last dimension has stride {x.stride(-1)}, not 1"
     if scale is not None and not scale > 0:
         return f"scale: {scale} is not positive"
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        return "cu_seqlens_q: packed sequences"
-    if prefix is not None:
-        return "prefix: a shared prefix"
     return None
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None = None,
                       key_start: Tensor | None = None, window: tuple[int, int] | None = None, chunk: int | None = None,
-                      softcap: float | None = None, sinks: Tensor | None = None) -> None:
+                      softcap: float | None = None, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+                      cu_seqlens_k: Tensor | None = None) -> None:
     """q [B,S,H,D], k [B,T,Hkv,D], v [B,T,Hkv,Dv] -> out [B,S,H,Dv] and lse [B,S,H] float32 (without the sink), both given.
 
     key_start [B] int32: the first valid key of each row; window (left, right), −1 unlimited; sinks [H].
+    Packed: [N,H,·] and lse [N,H] with cu_seqlens_q, cu_seqlens_k [sequences + 1] int32.
     """
+    if cu_seqlens_q is not None:
+        q, k, v, out, lse = q[None], k[None], v[None], out[None], lse[None]
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     B, S, H, D = q.shape
     T, Hkv, Dv = v.shape[1:]
     if B * S * H == 0:
@@ -227,54 +131,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     scale = D**-0.5 if scale is None else scale
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
     options = has_options(key_start, window, chunk, softcap, sinks)
-    tile = configs.tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, options)
+    tile = configs.tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, options, cu_seqlens_q is not None)
     bounds, flags = mask_arguments(causal, window, chunk)
+    n_tiles = tiles(S, tile.m, cu_seqlens_q)
     launch(
-        _forward_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, out, lse, key_start, sinks, S, T, H, H // Hkv,
+        _forward_kernel, (B * H * n_tiles,), q, k, v, out, lse, key_start, sinks, cu_seqlens_q, cu_seqlens_k, S, T, H, H // Hkv,
+        n_tiles, 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride(), float(scale), float(softcap or 0.0), *bounds,
         D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n,
         SPLIT=configs.key_split(), SPLITS=T > configs.key_split(), **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None,
-        KEY_START=key_start is not None, WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
+        KEY_START=key_start is not None, PACKED=cu_seqlens_q is not None,
+        WIDE=any(is_wide(x.stride(1), max(tile.m, tile.n)) for x in (q, k, v, out)),
         warps=tile.warps, stages=tile.stages, device=q.device)
-
-
-def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, *, seqlens: Tensor,
-                     block_table: Tensor | None = None, causal: bool = True, scale: float | None = None,
-                     window: tuple[int, int] | None = None, chunk: int | None = None, softcap: float | None = None,
-                     sinks: Tensor | None = None) -> None:
-    """q [B,Sq,H,D] over a cache [B,T,Hkv,D] or pages [P,page,Hkv,D] -> out [B,Sq,H,Dv], lse [B,Sq,H] float32, both given.
-
-    seqlens [B] int32 counts the Sq new keys; block_table [B, max_pages] int32. Nothing past a sequence's end is read,
-    and nothing here waits for the GPU: the grid covers the cache's capacity and programs past a sequence's end leave.
-    """
-    B, Sq, H, D = q.shape
-    page = 0 if block_table is None else k_cache.shape[1]
-    capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
-    Hkv, Dv = v_cache.shape[2:]
-    if B * Sq * H == 0:
-        return
-    scale = D**-0.5 if scale is None else scale
-    (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    options = has_options(None, window, chunk, softcap, sinks)
-    tile = configs.tile("decode", q.device, q.dtype, block_d + rest_d, block_dv, options)
-    bounds, flags = mask_arguments(causal, window, chunk)
-    split = configs.key_split()
-    n_splits = max(triton.cdiv(capacity, split), 1)
-    single = n_splits == 1
-    part = total = peak = None  # [B, Sq, H, n_splits, Dv], [B, Sq, H, n_splits] twice
-    if not single:
-        part = torch.empty((B * Sq * H * n_splits, Dv), dtype=torch.float32, device=q.device)
-        total, peak = torch.empty((2, B * Sq * H * n_splits), dtype=torch.float32, device=q.device)
-    launch(
-        _decode_kernel, (B * Hkv * triton.cdiv(Sq * (H // Hkv), tile.m) * n_splits,), q, k_cache, v_cache, out, lse, part, total, peak,
-        seqlens, block_table, sinks, Sq, Hkv, H // Hkv, capacity, k_cache.shape[0], n_splits,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3], *lse.stride(),
-        0 if block_table is None else block_table.stride(0), float(scale), float(softcap or 0.0), *bounds,
-        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n, SPLIT=split, PAGE=page, SINGLE=single,
-        **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None, WIDE=any(is_wide(x.stride(1), tile.n) for x in (k_cache, v_cache)),
-        warps=tile.warps, stages=tile.stages, device=q.device)
-    if not single:
-        launch(
-            _merge_kernel, (B * Sq * H,), part, total, peak, out, lse, seqlens, sinks, Sq, H, capacity, n_splits,
-            *out.stride()[:3], *lse.stride(), DV=Dv, BLOCK_DV=block_dv, SPLIT=split, SINKS=sinks is not None,
-            warps=1, stages=1, device=q.device)

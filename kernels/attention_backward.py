@@ -1,7 +1,7 @@
 """Backward of grouped-query attention: a row pass, then dK/dV and dQ in kernels of their own (no atomics).
 
 Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, M, N the rows and
-keys of a tile.
+keys of a tile. Packed sequences are one row of the batch here; S_all and T_all count all their rows.
 
     L = logaddexp(lse, σ) (lse without a sink),  P = exp(s − L),  Δ = Σ_d dO·O − exp(L − lse)·dlse
     dS = P∘(dO·Vᵀ − Δ)·(1 − (s/c)²),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q,  dV = Pᵀ·dO,  dσ[h] = −Σ_i exp(σ − L)·Σ_d dO·O
@@ -18,7 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_tiles import LOG2E, blocks, capped, floor_divide, has_options, key_blocks, mask_arguments, power, visible
+from .attention_tiles import (
+    LOG2E,
+    blocks,
+    capped,
+    floor_divide,
+    has_options,
+    key_blocks,
+    mask_arguments,
+    packed_rows,
+    packed_tile,
+    power,
+    tiles,
+    visible,
+)
 from .primitives import dot, is_wide, launch, load_tile, store_tile
 
 
@@ -69,27 +82,43 @@ def _weights(s, level, scale, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     return power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-level, s.shape)), EXACT)
 
 
-@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
-def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv_ptr, key_start_ptr, S, T, HKV, G,
+@triton.jit(do_not_specialize=["S_all", "T_all", "n_tiles", "n_sequences", "left", "right", "chunk"])
+def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv_ptr, key_start_ptr, cu_q_ptr, cu_k_ptr,
+                 S_all, T_all, HKV, G, n_tiles, n_sequences,
                  stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                  stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
                  scale, softcap, left, right, chunk,
                  D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                  M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-                 SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, WIDE: tl.constexpr):
+                 SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
     """One program: dK and dV of N keys of one key head, over all queries of the group that see them."""
     # Which tile. Early keys (seen by the most queries under a causal mask) come first.
-    key_tiles = tl.cdiv(T, N)
     pid = tl.program_id(0)
     kv_head = pid % HKV
-    b = (pid // (HKV * key_tiles)).to(tl.int64)
+    b = (pid // (HKV * n_tiles)).to(tl.int64)
+    tile = (pid // HKV) % n_tiles
+    S = S_all
+    T = T_all
+    n0 = tile * N
+    if PACKED:
+        sequence, n0 = packed_tile(tile, cu_k_ptr, n_sequences, N)
+        q_first, S = packed_rows(sequence, cu_q_ptr, S_all)
+        k_first, T = packed_rows(sequence, cu_k_ptr, T_all)
+        q_ptr += q_first.to(tl.int64) * stride_qs
+        dout_ptr += q_first.to(tl.int64) * stride_gs
+        level_ptr += q_first
+        delta_ptr += q_first
+        k_ptr += k_first.to(tl.int64) * stride_ks
+        v_ptr += k_first.to(tl.int64) * stride_vs
+        dk_ptr += k_first.to(tl.int64) * stride_dks
+        dv_ptr += k_first.to(tl.int64) * stride_dvs
     key_start = 0
     anchor = 0  # query blocks count from the first query that can see a key, so that left padding moves nothing
     if KEY_START:
         key_start = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), T)
         if RIGHT:
             anchor = tl.maximum(key_start - right - (T - S), 0)
-    n0 = key_start + ((pid // HKV) % key_tiles) * N
+    n0 += key_start
     if n0 < T:
         j = n0 + tl.arange(0, N)
         head = kv_head.to(tl.int64)
@@ -128,8 +157,8 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
         # Add query block after query block, head after head of the group, in one flat loop: nested or split into masked
         # and unmasked loops it spills registers.
         count = last - first
-        level_base = level_ptr + (b * HKV + kv_head) * G * S
-        delta_base = delta_ptr + (b * HKV + kv_head) * G * S
+        level_base = level_ptr + (b * HKV + kv_head) * G * S_all
+        delta_base = delta_ptr + (b * HKV + kv_head) * G * S_all
         q_base = q_ptr + b * stride_qb + head * G * stride_qh
         dout_base = dout_ptr + b * stride_gb + head * G * stride_gh
         for step in range(0, G * count):
@@ -146,8 +175,8 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
             dout_at = dout_base + g * stride_gh + m0.to(tl.int64) * stride_gs
             dout = load_tile(dout_at, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
             dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
-            level = tl.load(level_base + g * S + row, mask=row < S, other=float("inf"))
-            delta = tl.load(delta_base + g * S + row, mask=row < S, other=0.0)
+            level = tl.load(level_base + g * S_all + row, mask=row < S, other=float("inf"))
+            delta = tl.load(delta_base + g * S_all + row, mask=row < S, other=0.0)
             s, slope = capped(s, scale, softcap, SOFTCAP)
             if (block < whole_first) | (block >= whole_last):
                 seen = visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK)
@@ -166,19 +195,34 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
         store_tile(dv_ptr + b * stride_dvb + head * stride_dvh + at * stride_dvs, dv, stride_dvs, T - n0, N, 0, BLOCK_DV, DV, WIDE)
 
 
-@triton.jit(do_not_specialize=["S", "T", "left", "right", "chunk"])
-def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr, key_start_ptr, S, T, H, G,
+@triton.jit(do_not_specialize=["S_all", "T_all", "n_tiles", "n_sequences", "left", "right", "chunk"])
+def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr, key_start_ptr, cu_q_ptr, cu_k_ptr,
+                    S_all, T_all, H, G, n_tiles, n_sequences,
                     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                     stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh, scale, softcap, left, right, chunk,
                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-                    SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, WIDE: tl.constexpr):
+                    SOFTCAP: tl.constexpr, KEY_START: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
     """One program: dQ of M queries of one head, over all the keys they see."""
-    row_blocks = tl.cdiv(S, M)
     pid = tl.program_id(0)
-    b = (pid // (H * row_blocks)).to(tl.int64)
+    b = (pid // (H * n_tiles)).to(tl.int64)
     h = pid % H
-    m0 = (row_blocks - 1 - (pid // H) % row_blocks) * M
+    tile = n_tiles - 1 - (pid // H) % n_tiles
+    S = S_all
+    T = T_all
+    m0 = tile * M
+    if PACKED:
+        sequence, m0 = packed_tile(tile, cu_q_ptr, n_sequences, M)
+        q_first, S = packed_rows(sequence, cu_q_ptr, S_all)
+        k_first, T = packed_rows(sequence, cu_k_ptr, T_all)
+        T = tl.where(m0 < S, T, 0)  # an idle tile sees no key
+        q_ptr += q_first.to(tl.int64) * stride_qs
+        dout_ptr += q_first.to(tl.int64) * stride_gs
+        dq_ptr += q_first.to(tl.int64) * stride_dqs
+        level_ptr += q_first
+        delta_ptr += q_first
+        k_ptr += k_first.to(tl.int64) * stride_ks
+        v_ptr += k_first.to(tl.int64) * stride_vs
     row = m0 + tl.arange(0, M)
     p = row + T - S
     head = h.to(tl.int64)
@@ -195,7 +239,7 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
         q_rest = load_tile(q_base, stride_qs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
         dq_rest = tl.zeros([M, REST_D], tl.float32)
     dout = load_tile(dout_ptr + b * stride_gb + head * stride_gh + at * stride_gs, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
-    rows = (b * H + h) * S
+    rows = (b * H + h) * S_all
     level = tl.load(level_ptr + rows + row, mask=row < S, other=float("inf"))
     delta = tl.load(delta_ptr + rows + row, mask=row < S, other=0.0)
     kv_head = (h // G).to(tl.int64)
@@ -232,11 +276,18 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
                        causal: bool, scale: float | None = None, dlse: Tensor | None = None, key_start: Tensor | None = None,
                        window: tuple[int, int] | None = None, chunk: int | None = None, softcap: float | None = None,
-                       sinks: Tensor | None = None, dsinks: Tensor | None = None) -> None:
+                       sinks: Tensor | None = None, dsinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+                       cu_seqlens_k: Tensor | None = None) -> None:
     """Fills dq, dk, dv (shapes of q, k, v) and, with sinks, dsinks [H] float32, from dout [B,S,H,Dv] and dlse [B,S,H] float32.
 
-    out and lse are attention_forward's. Extra memory: two (with sinks three) float32 numbers a row [B, H, S].
+    out and lse are attention_forward's, packed sequences too. Extra memory: two (with sinks three) float32 numbers a row [B, H, S].
     """
+    n_sequences = 0
+    if cu_seqlens_q is not None:
+        q, k, v, out, lse, dout, dq, dk, dv = (x[None] for x in (q, k, v, out, lse, dout, dq, dk, dv))
+        dlse = None if dlse is None else dlse[None]
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        n_sequences = len(cu_seqlens_q) - 1
     B, S, H, D = q.shape
     T, Hkv, Dv = v.shape[1:]
     if key_start is not None or B * S * H == 0:
@@ -259,17 +310,22 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
         *out.stride()[:3], *dout.stride()[:3], *lse.stride(), *(dlse.stride() if dlse is not None else (0, 0, 0)),
         DV=Dv, BLOCK_DV=block_dv, M=rows, SINKS=sinks is not None, DLSE=dlse is not None, WIDE=wide, warps=4, stages=1, device=q.device)
     shapes = dict(D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv)
-    shared = dict(**shapes, **flags, SOFTCAP=bool(softcap), KEY_START=key_start is not None, WIDE=wide, device=q.device)
+    shared = dict(**shapes, **flags, SOFTCAP=bool(softcap), KEY_START=key_start is not None, PACKED=cu_seqlens_q is not None, WIDE=wide,
+                  device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     scalars = (scale, float(softcap or 0.0), *bounds)
     if T * Hkv > 0:
-        tile = configs.tile("backward_kv", q.device, q.dtype, block_d + rest_d, block_dv, options)
+        tile = configs.tile("backward_kv", q.device, q.dtype, block_d + rest_d, block_dv, options, n_sequences > 0)
+        n_tiles = tiles(T, tile.n, cu_seqlens_k)
         launch(
-            _keys_kernel, (B * Hkv * triton.cdiv(T, tile.n),), q, k, v, dout, level, delta, dk, dv, key_start, S, T, Hkv, H // Hkv,
-            *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
-    tile = configs.tile("backward_q", q.device, q.dtype, block_d + rest_d, block_dv, options)
+            _keys_kernel, (B * Hkv * n_tiles,), q, k, v, dout, level, delta, dk, dv, key_start, cu_seqlens_q, cu_seqlens_k,
+            S, T, Hkv, H // Hkv, n_tiles, n_sequences, *strides,
+            *dk.stride()[:3], *dv.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+    tile = configs.tile("backward_q", q.device, q.dtype, block_d + rest_d, block_dv, options, n_sequences > 0)
+    n_tiles = tiles(S, tile.m, cu_seqlens_q)
     launch(
-        _queries_kernel, (B * H * triton.cdiv(S, tile.m),), q, k, v, dout, level, delta, dq, key_start, S, T, H, H // Hkv,
-        *strides, *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
+        _queries_kernel, (B * H * n_tiles,), q, k, v, dout, level, delta, dq, key_start, cu_seqlens_q, cu_seqlens_k,
+        S, T, H, H // Hkv, n_tiles, n_sequences, *strides,
+        *dq.stride()[:3], *scalars, M=tile.m, N=tile.n, warps=tile.warps, stages=tile.stages, **shared)
     if dsink is not None and dsinks is not None:
         torch.sum(dsink, (0, 2), out=dsinks)

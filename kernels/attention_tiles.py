@@ -3,7 +3,8 @@
 Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim; M, N the
 rows and keys of a tile. A head dim is one power-of-two block, or two (192 = 128 + 64), so that little is padded.
 
-Positions: query i sits at p = i + T − S. The canonical key blocks and splits count from the first valid key
+Packed sequences ([N, H, D] with cu_seqlens [B + 1]) come as one row of the batch; a tile lies inside one sequence, and S, T
+are that sequence's. Positions: query i sits at p = i + T − S. The canonical key blocks and splits count from the first valid key
 (`key_start`), so a row's sums have one order whatever its neighbours, padding and tile are; a block that a row
 does not see changes nothing in it (its weights are exactly 0 and the rescaling factor exactly 1).
 """
@@ -23,6 +24,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 def floor_divide(a, b):
     """⌊a / b⌋ for b > 0; the device's integer division truncates."""
     return tl.where(a >= 0, a // b, -((b - 1 - a) // b))
+
+
+@triton.jit
+def packed_tile(tile, cu_ptr, batch, ROWS: tl.constexpr):
+    """Which sequence of a packed tensor tile number `tile` belongs to, and its first row there (past the end: an idle tile).
+
+    Sequence i's tiles start at number ⌊(cu[i] + i·(ROWS − 1)) / ROWS⌋, which leaves it at least the ⌈length / ROWS⌉ that it needs:
+    a closed form, so neither the host (that would wait for the GPU) nor the kernel has to add up tile counts.
+    """
+    before = 0
+    for at in range(0, batch, 128):
+        i = at + tl.arange(0, 128)
+        first = (tl.load(cu_ptr + i, mask=i < batch, other=0).to(tl.int64) + i.to(tl.int64) * (ROWS - 1)) // ROWS
+        before += tl.sum(((first <= tile) & (i < batch)).to(tl.int32), 0)
+    sequence = tl.maximum(before - 1, 0)
+    first = (tl.load(cu_ptr + sequence).to(tl.int64) + sequence.to(tl.int64) * (ROWS - 1)) // ROWS
+    return sequence, (tile - first.to(tl.int32)) * ROWS
+
+
+@triton.jit
+def packed_rows(sequence, cu_ptr, rows):
+    """A sequence's first row and its length, inside [0, rows) whatever cu_seqlens holds."""
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence + 1), start), rows)
+    return start, end - start
 
 
 @triton.jit
@@ -75,23 +101,31 @@ def capped(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_keys(base, start, stride, left_over, table, stride_page, n_pages, N: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-              WIDTH: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr):
-    """Keys or values [N, COLUMNS] from key `start` on: rows of a dense cache, or of pages (PAGE > 0) through `table`.
+def cache_rows(j, end, cache, PAGE: tl.constexpr):
+    """Where keys j ∈ [0, end) of a cache begin -> K addresses [N], V addresses [N], whether the key is there [N].
 
-    Rows past `left_over` and pages whose number lies outside [0, n_pages) are not read and come back as 0.
+    cache: (k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages), dense or (PAGE > 0) pages through `table`.
+    A page number outside [0, n_pages) counts as empty.
     """
-    if PAGE == 0:
-        tile = load_tile(base + start.to(tl.int64) * stride, stride, left_over, N, FIRST, COLUMNS, WIDTH, WIDE)
-    else:
-        row = tl.arange(0, N)
-        j = start + row
-        page = tl.load(table + j // PAGE, mask=row < left_over, other=-1)
-        column = FIRST + tl.arange(0, COLUMNS)
-        at = page.to(tl.int64) * stride_page + (j % PAGE).to(tl.int64) * stride
-        mask = ((page >= 0) & (page < n_pages))[:, None] & (column < WIDTH)[None, :]
-        tile = tl.load(base + at[:, None] + column[None, :], mask=mask, other=0.0)
-    return tile
+    k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages = cache
+    there = (j >= 0) & (j < end)
+    row = j.to(tl.int64)
+    k_at = k_base + row * stride_k
+    v_at = v_base + row * stride_v
+    if PAGE > 0:
+        page = tl.load(table + j // PAGE, mask=there, other=-1)
+        there = (page >= 0) & (page < n_pages)
+        row = (j % PAGE).to(tl.int64)
+        k_at = k_base + page.to(tl.int64) * stride_kp + row * stride_k
+        v_at = v_base + page.to(tl.int64) * stride_vp + row * stride_v
+    return k_at, v_at, there
+
+
+@triton.jit
+def load_rows(at, there, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST … FIRST+COLUMNS−1 of the rows at these addresses; 0 where a row is not there and past WIDTH columns."""
+    column = FIRST + tl.arange(0, COLUMNS)
+    return tl.load(at[:, None] + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -117,18 +151,22 @@ def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b, EXACT: tl.constexpr):
 
 @triton.jit
 def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first, whole_last, key_start, key_end,
-           k_base, v_base, stride_k, stride_v, table, stride_kp, stride_vp, n_pages, scale, softcap, left, right, chunk,
+           cache, prefix, prefix_length, scale, softcap, left, right, chunk,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-           PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
-           SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+           PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr, PREFIX_PAGE: tl.constexpr,
+           LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
     """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M]; peak in
     natural units for float32 (EXACT), in units of log 2 otherwise.
 
+    Key j lies at row j − prefix_length of `cache` (see cache_rows). With TAIL the blocks reach back into the keys before that,
+    which are rows j of `prefix`.
     Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops
     spill registers at the tile sizes that matter, and here both kinds of block run the very same operations, so which kind
     a block is never shows in a row's bits (nor does the fused multiply-add, written out for that reason).
     """
+    k_base, v_base, stride_k, stride_v = cache[0], cache[1], cache[2], cache[3]
     EXACT: tl.constexpr = q.dtype == tl.float32
+    GATHERED: tl.constexpr = TAIL or PAGE > 0
     factor = scale
     if SOFTCAP:
         factor = 1.0
@@ -145,25 +183,39 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
                 acc = tl.zeros_like(acc)
                 total = tl.zeros_like(total)
                 peak = tl.full(peak.shape, float("-inf"), tl.float32)
-        k = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, 0, BLOCK_D, D, PAGE, WIDE)  # [N, D]
+        j = start + tl.arange(0, N)
+        at = (start - prefix_length).to(tl.int64)
+        if GATHERED:
+            k_at, v_at, there = cache_rows(j - prefix_length, key_end - prefix_length, cache, PAGE)
+            if TAIL:
+                k_tail, v_tail, there_tail = cache_rows(j, prefix_length, prefix, PREFIX_PAGE)
+                k_at = tl.where(j < prefix_length, k_tail, k_at)
+                v_at = tl.where(j < prefix_length, v_tail, v_at)
+                there = tl.where(j < prefix_length, there_tail, there)
+            k = load_rows(k_at, there, 0, BLOCK_D, D)
+        else:
+            k = load_tile(k_base + at * stride_k, stride_k, key_end - start, N, 0, BLOCK_D, D, WIDE)  # [N, D]
         s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
         if REST_D > 0:
-            k_rest = load_keys(k_base, start, stride_k, key_end - start, table, stride_kp, n_pages, N, BLOCK_D, REST_D, D, PAGE, WIDE)
+            if GATHERED:
+                k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
+            else:
+                k_rest = load_tile(k_base + at * stride_k, stride_k, key_end - start, N, BLOCK_D, REST_D, D, WIDE)
             s = dot(q_rest, tl.trans(k_rest), s)
         s, _ = capped(s, scale, softcap, SOFTCAP)
         if (block < whole_first) | (block >= whole_last):
-            j = start + tl.arange(0, N)
             s = tl.where(visible(p[:, None], j[None, :], key_start, key_end, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
-        if PAGE > 0:
-            j = start + tl.arange(0, N)
-            page = tl.load(table + j // PAGE, mask=j < key_end, other=-1)
-            s = tl.where(((page >= 0) & (page < n_pages))[None, :], s, float("-inf"))
+        if GATHERED:
+            s = tl.where(there[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
         weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
         decay = power(peak - base, EXACT)
         total = total * decay + tl.sum(weights, 1)
-        v = load_keys(v_base, start, stride_v, key_end - start, table, stride_vp, n_pages, N, 0, BLOCK_DV, DV, PAGE, WIDE)  # [N, Dv]
+        if GATHERED:
+            v = load_rows(v_at, there, 0, BLOCK_DV, DV)
+        else:
+            v = load_tile(v_base + at * stride_v, stride_v, key_end - start, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
         acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
         peak = new_peak
     if PER_SPLIT > 0:
@@ -197,6 +249,14 @@ def mask_arguments(causal: bool, window: tuple[int, int] | None, chunk: int | No
         right = 0 if right < 0 else min(right, 0)
     flags = {"LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": chunk is not None}
     return (max(left, 0), max(right, 0), chunk or 1), flags
+
+
+def tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """Tiles of `block` rows that hold `rows` rows; for packed sequences the bound that `packed_tile` counts to."""
+    if cu_seqlens is None:
+        return triton.cdiv(rows, block)
+    n_sequences = len(cu_seqlens) - 1
+    return (rows + n_sequences * (block - 1)) // block if n_sequences > 0 else 0
 
 
 def has_options(key_start: Tensor | None, window: tuple[int, int] | None, chunk: int | None, softcap: float | None,

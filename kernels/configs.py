@@ -54,9 +54,9 @@ ATTENTION_DECODE = {
     ("sm_80", "half"): {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 3)},
     ("sm_90", "half"): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 8, 3), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("sm_100", "half"): {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 16, 4, 1)},
     ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
-    ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
+    ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 8, 2)},
 }
 
 # dK and dV: n keys stay, m query rows pass by.
@@ -92,7 +92,11 @@ OPTIONS = {
         ("sm_90", "float"): {64: Tile(32, 32, 8, 2), 128: Tile(16, 32, 4, 2)},
         ("sm_100", "float"): {128: Tile(16, 32, 4, 2)},
     },
-    "decode": {("sm_100", "float"): {128: Tile(16, 32, 8, 2)}},
+    "decode": {
+        ("sm_90", "half"): {64: Tile(64, 128, 4, 2)},
+        ("sm_90", "float"): {128: Tile(16, 32, 8, 2)},
+        ("sm_100", "float"): {128: Tile(16, 32, 8, 2)},
+    },
     "backward_kv": {
         ("sm_80", "half"): {256: Tile(16, 64, 8, 1)},
         ("sm_80", "float"): {192: Tile(16, 16, 4, 2)},
@@ -107,6 +111,22 @@ OPTIONS = {
         ("sm_90", "float"): {192: Tile(16, 16, 4, 2)},
         ("sm_100", "float"): {192: Tile(16, 16, 8, 3)},
     },
+}
+
+# Packed sequences hold a few values more again; these come before both other tables.
+PACKED = {
+    "forward": {
+        ("sm_80", "float"): {128: Tile(32, 32, 8, 1)},
+        ("sm_90", "float"): {128: Tile(16, 32, 4, 2)},
+        ("sm_100", "float"): {128: Tile(16, 32, 8, 2), 192: Tile(32, 32, 8, 2)},
+    },
+    "decode": {},
+    "backward_kv": {
+        ("sm_80", "float"): {128: Tile(16, 16, 4, 2)},
+        ("sm_90", "half"): {192: Tile(32, 64, 8, 1)},
+        ("sm_90", "float"): {192: Tile(16, 16, 8, 2)},
+    },
+    "backward_q": {("sm_90", "float"): {128: Tile(16, 16, 8, 2)}, ("sm_100", "float"): {128: Tile(16, 16, 8, 2)}},
 }
 
 # Matrix products. "few" is for at most 64 rows (decode), where the weight is read once and the grid must be wide;
@@ -186,16 +206,19 @@ def width(padded_d: int, padded_dv: int) -> int:
     return next(w for w in WIDTHS if w >= max(padded_d, padded_dv))
 
 
-def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, options: bool) -> Tile:
+def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, options: bool,
+         packed: bool = False) -> Tile:
     """The tile of the attention kernel ("forward", "decode", "backward_kv", "backward_q") for these padded head dims.
 
-    options: whether the call has any of key_start, window, chunk, softcap and sinks.
+    options: whether the call has any of key_start, window, chunk, softcap and sinks; packed: whether it has cu_seqlens.
     """
     if INTERPRET:
         return _INTERPRETER_TILE
     key, w = (architecture(device), kind(dtype)), width(padded_d, padded_dv)
-    plain = ATTENTION[kernel][key][w]
-    return OPTIONS[kernel].get(key, {}).get(w, plain) if options else plain
+    found = ATTENTION[kernel][key][w]
+    for table, applies in ((OPTIONS, options), (PACKED, packed)):
+        found = table[kernel].get(key, {}).get(w, found) if applies else found
+    return found
 
 
 def product(device: torch.device, dtype: torch.dtype, rows: int, running: bool) -> Product:

@@ -38,6 +38,14 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 1.0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 DEEPSEEK = dict(
     vocab_size=97,
     hidden_size=48,
@@ -76,6 +84,11 @@ SPARSE = dict(index_topk=11, index_head_dim=24, index_n_heads=16)
 CASES = {
     "qwen3": ("Qwen3Config", {**QWEN3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-tied-bias": ("Qwen3Config", {**QWEN3, "tie_word_embeddings": True, "attention_bias": True}),
+    "llama": ("LlamaConfig", {**QWEN3, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-bias": ("LlamaConfig", {**QWEN3, "rope_parameters": {"rope_type": "linear", "factor": 3.0}, "attention_bias": True}),
+    "mistral": ("MistralConfig", {**QWEN3, "sliding_window": 7}),
+    "mistral-yarn": ("MistralConfig", {**QWEN3, "sliding_window": None, "rope_parameters": YARN}),
+    "qwen2": ("Qwen2Config", {**QWEN3, "head_dim": 8, "num_key_value_heads": 3}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "deepseek_v3-yarn": ("DeepseekV3Config", {**DEEPSEEK, "rope_parameters": YARN, "rms_norm_eps": 1e-5}),
     "deepseek_v3-plain-query": ("DeepseekV3Config", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
@@ -184,7 +197,7 @@ def test_config_of_an_older_file() -> None:
     values |= {"rope_theta": 5000.0, "rope_scaling": scaling}
     config = config_from_hf(json.loads(json.dumps(values)))
     assert config.rope_theta == 5000.0
-    assert config.yarn.factor == 4.0 and config.yarn.mscale == 0.7
+    assert config.rope_scaling.factor == 4.0 and config.rope_scaling.mscale == 0.7
 
 
 @pytest.mark.parametrize(
@@ -204,25 +217,31 @@ def test_yarn_frequencies_equal_transformers(changes: dict) -> None:
     config = transformers.DeepseekV3Config(**{**DEEPSEEK, "qk_rope_head_dim": 64, "rope_parameters": YARN | changes})
     expected, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
     ours = config_from_hf(config)
-    torch.testing.assert_close(inverse_frequencies(64, ours.rope_theta, ours.yarn), expected, rtol=1e-6, atol=0)
-    assert ours.yarn.cos_sin_factor == pytest.approx(factor, rel=1e-12)
+    torch.testing.assert_close(inverse_frequencies(64, ours.rope_theta, ours.rope_scaling), expected, rtol=1e-6, atol=0)
+    assert ours.rope_scaling.cos_sin_factor == pytest.approx(factor, rel=1e-12)
     scale = transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention(config, 0).scaling
-    assert (24 + 64) ** -0.5 * ours.yarn.softmax_factor == pytest.approx(scale, rel=1e-12)
+    assert (24 + 64) ** -0.5 * ours.rope_scaling.softmax_factor == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("Qwen3Config", "qwen3_0_6b"), ("DeepseekV3Config", "deepseek_v3"), ("DeepseekV32Config", "deepseek_v32")],
+    [
+        ("Qwen3Config", "qwen3_0_6b"),
+        ("LlamaConfig", "llama3_2_1b"),
+        ("DeepseekV3Config", "deepseek_v3"),
+        ("DeepseekV32Config", "deepseek_v32"),
+    ],
 )
 def test_published_shapes(kind: str, name: str) -> None:
-    """Presets have the sizes of transformers' defaults (qwen3: of the published 0.6B)."""
+    """Presets have the sizes of transformers' defaults (qwen3: of the published 0.6B, llama: of 3.2 1B)."""
     ours = preset(name)
-    if name == "qwen3_0_6b":
+    published = {"qwen3_0_6b": 596_049_920, "llama3_2_1b": 1_235_814_400}
+    if name in published:
         with torch.device("meta"):
-            assert sum(p.numel() for p in Transformer(ours).parameters()) == 596_049_920
+            assert sum(p.numel() for p in Transformer(ours).parameters()) == published[name]
         return
     theirs = config_from_hf(getattr(transformers, kind)())
-    same = {field: getattr(theirs, field) for field in ("yarn", "max_positions", "rope_theta")}
+    same = {field: getattr(theirs, field) for field in ("rope_scaling", "max_positions", "rope_theta")}
     assert dataclasses.replace(ours, **same) == theirs
     if name == "deepseek_v3":  # 671 billion: weights and the routers' biases, without the extra prediction layer
         with torch.device("meta"):
@@ -461,6 +480,11 @@ def test_safetensors_round_trip(model: Transformer, tmp_path) -> None:
 def test_configs_survive_json() -> None:
     for config in PRESETS.values():
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    old = PRESETS["deepseek_v3"].to_dict()  # before there were other kinds of scaling
+    yarn = old.pop("rope_scaling")
+    del yarn["rope_type"]
+    assert ModelConfig.from_dict({**old, "yarn": yarn}) == PRESETS["deepseek_v3"]
+    assert ModelConfig.from_dict({**old, "yarn": None}).rope_scaling is None
 
 
 def test_bad_weights_are_named(tmp_path) -> None:

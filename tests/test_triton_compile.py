@@ -34,6 +34,7 @@ def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> list[aot.C
 
 def attention_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
     padding = torch.zeros(1, dtype=torch.int32)
+    packed = dict(cu_seqlens_q=torch.tensor([0, 300, 512], dtype=torch.int32), cu_seqlens_k=torch.tensor([0, 700, 1024], dtype=torch.int32))
     everything = dict(window=(100, -1), softcap=20.0, sinks=torch.zeros(8), chunk=300)
     return {
         "forward": aot.attention_forward_call(dtype, D, Dv),
@@ -43,8 +44,14 @@ def attention_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[
         "forward one split": aot.attention_forward_call(dtype, D, Dv, T=1000),
         "forward padded": aot.attention_forward_call(dtype, D, Dv, key_start=padding),
         "backward padded": aot.attention_backward_call(dtype, D, Dv, key_start=padding),
+        "forward packed": aot.attention_forward_call(dtype, D, Dv, T=1024, **packed),
+        "backward packed": aot.attention_backward_call(dtype, D, Dv, **packed),
+        "forward packed everything": aot.attention_forward_call(dtype, D, Dv, T=2048, **packed, **everything),
+        "backward packed everything": aot.attention_backward_call(dtype, D, Dv, **packed, dsinks=torch.zeros(8), **everything),
         "forward everything": aot.attention_forward_call(dtype, D, Dv, key_start=padding, **everything),
         "backward everything": aot.attention_backward_call(dtype, D, Dv, key_start=padding, dsinks=torch.zeros(8), **everything),
+        "decode prefix": aot.attention_decode_call(dtype, D, Dv, prefix=2100),
+        "decode prefix everything": aot.attention_decode_call(dtype, D, Dv, paged=True, prefix=2100, **everything),
         "decode everything": aot.attention_decode_call(dtype, D, Dv, paged=True, **everything),
     }
 
@@ -65,7 +72,8 @@ def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
 @pytest.mark.parametrize("kind", ["half", "float"])
 def test_decode_walks_the_keys_in_the_blocks_of_prefill(kind: str, arch: str) -> None:
     for w in configs.WIDTHS:
-        tables = [t[kernel].get((arch, kind), {}) for t in (configs.ATTENTION, configs.OPTIONS) for kernel in ("forward", "decode")]
+        levels = (configs.ATTENTION, configs.OPTIONS, configs.PACKED)
+        tables = [level[kernel].get((arch, kind), {}) for level in levels for kernel in ("forward", "decode")]
         assert len({table[w].n for table in tables if w in table}) == 1, f"{arch} {kind} {w}"
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import triton
-from thinkernel.kernels import attention, attention_backward, configs, grpo, linear
+from thinkernel.kernels import attention, attention_backward, attention_decode, configs, grpo, linear
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -86,7 +86,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, grpo, linear):
+        for module in (attention, attention_backward, attention_decode, grpo, linear):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -95,22 +95,30 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 def attention_forward_call(dtype: torch.dtype, D: int, Dv: int, T: int = 4096, **options) -> Callable[[], None]:
     q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, T, 2, D, dtype=dtype), torch.empty(1, T, 2, Dv, dtype=dtype)
     out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    if "cu_seqlens_q" in options:
+        q, k, v, out, lse = (x[0] for x in (q, k, v, out, lse))
     return lambda: attention.attention_forward(q, k, v, out, lse, causal=True, **options)
 
 
 def attention_backward_call(dtype: torch.dtype, D: int, Dv: int, **options) -> Callable[[], None]:
     q, k, v = torch.empty(1, 512, 8, D, dtype=dtype), torch.empty(1, 1024, 2, D, dtype=dtype), torch.empty(1, 1024, 2, Dv, dtype=dtype)
     out, lse = torch.empty(1, 512, 8, Dv, dtype=dtype), torch.empty(1, 512, 8)
+    if "cu_seqlens_q" in options:
+        q, k, v, out, lse = (x[0] for x in (q, k, v, out, lse))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return lambda: attention.attention_backward(q, k, v, out, lse, out, dq, dk, dv, causal=True, **options)
 
 
-def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = False, **options) -> Callable[[], None]:
+def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = False, prefix: int = 0, **options) -> Callable[[], None]:
     q, out, lse = torch.empty(2, 1, 8, D, dtype=dtype), torch.empty(2, 1, 8, Dv, dtype=dtype), torch.empty(2, 1, 8)
     shape = (64, 64, 2) if paged else (2, 2048, 2)
     k, v = torch.empty(*shape, D, dtype=dtype), torch.empty(*shape, Dv, dtype=dtype)
     table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
     seqlens = torch.tensor([5, 9], dtype=torch.int32)
+    if prefix:
+        shape = (64, 64, 2) if paged else (prefix, 2)
+        shared_k, shared_v = torch.empty(*shape, D, dtype=dtype), torch.empty(*shape, Dv, dtype=dtype)
+        options["prefix"] = (shared_k, shared_v, prefix, torch.zeros(64, dtype=torch.int32) if paged else None)
     return lambda: attention.attention_decode(q, k, v, out, lse, seqlens=seqlens, block_table=table, **options)
 
 

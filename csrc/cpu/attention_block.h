@@ -40,24 +40,42 @@ inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
 
 // 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
 // and no subnormals appear. NaN stays NaN. Degree 6 on [-1/2, 1/2], minimax.
-inline vf exp2_fast(vf t) {
-  t = max(splat(-126.0f), t);
-  const vf magic = splat(12582912.0f);
-  const vf shifted = t + magic;
-  const vf n = shifted - magic;
-  const vf r = t - n;
-  vf p = splat(1.535336188e-4f);
-  p = fma(p, r, splat(1.339887440e-3f));
-  p = fma(p, r, splat(9.618437357e-3f));
-  p = fma(p, r, splat(5.550332472e-2f));
-  p = fma(p, r, splat(2.402264791e-1f));
-  p = fma(p, r, splat(6.931472028e-1f));
-  p = fma(p, r, splat(1.0f));
+// x = 2^x, N vectors step by step together: one alone is a chain of 14 dependent instructions.
+template <int N> inline __attribute__((always_inline)) void exp2_fast(vf* x) {
+  constexpr float kC[7] = {1.0f,           6.931472028e-1f, 2.402264791e-1f, 5.550332472e-2f,
+                           9.618437357e-3f, 1.339887440e-3f, 1.535336188e-4f};
+  vf n[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = max(splat(-126.0f), x[i]);
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = (vf)_mm512_reduce_ps((__m512)x[i], 0);  // what is left after rounding to an integer
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = x[i] - p[i], x[i] = p[i];
 #else
-  return p * as_float((as_int(shifted) - 0x4b400000 + 127) << 23);
+  const vf magic = splat(12582912.0f);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = x[i] + magic, x[i] = x[i] - (p[i] - magic);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = as_float((as_int(p[i]) - 0x4b400000 + 127) << 23);
 #endif
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = fma(splat(kC[6]), x[i], splat(kC[5]));
+#pragma GCC unroll 8
+  for (int j = 4; j >= 0; --j)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = fma(p[i], x[i], splat(kC[j]));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+#if defined(__AVX512F__)
+    x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
+#else
+    x[i] = p[i] * n[i];
+#endif
+}
+inline vf exp2_fast(vf t) {
+  exp2_fast<1>(&t);
+  return t;
 }
 
 // How scores become exponents of two: t = c * s, after s = softcap * tanh(scale * s / softcap) where there is a cap.
@@ -78,18 +96,9 @@ struct Transform {
 template <class T> struct Probs;
 template <> struct Probs<float> {
   static constexpr int64_t size(int64_t) { return 0; }
-  static void put(float* scores, float*, int64_t r, int64_t k, const vf* x) {
-    for (int u = 0; u < kLine / W; ++u) store(scores + r * kLd + k + u * W, x[u]);
-  }
-  // C = P[:, k0:k1] V[k0:k1]
-  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float* scores, const float*, const float* v,
-                    int64_t v_panel, float* c, int64_t ldc) {
-    using G = Gemm<float>;
-    for (int64_t k = k0; k < k1;) {  // Gemm's summation blocks count from the split's first key, not from k0
-      const int64_t end = least(round_down(k, G::KB) + G::KB, k1);
-      G::gemm_panels<kLd, 1>(M, N, end - k, scores + k, G::MR * kLd, v + k * G::NR, v_panel, c, ldc, k > k0);
-      k = end;
-    }
+  static float* row(float* scores, float*, int64_t r) { return scores + r * kLd; }
+  static void put(float* row, int64_t k, const vf* x) {
+    for (int u = 0; u < kLine / W; ++u) store(row + k + u * W, x[u]);
   }
 };
 #if defined(__AMX_BF16__)
@@ -97,76 +106,116 @@ template <> struct Probs<bf16> {
   using G = Gemm<bf16>;
   static constexpr int64_t kPanel = G::MR * kSplit;
   static constexpr int64_t size(int64_t rows) { return rows * kSplit; }
-  static void put(float*, bf16* probs, int64_t r, int64_t k, const vf* x) {
-    bf16* line = probs + r / 32 * kPanel + k * 32 + r % 32 * 32;
-    _mm512_store_si512(line, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
-  }
-  static void times(int64_t M, int64_t N, int64_t k0, int64_t k1, const float*, const bf16* probs, const bf16* v,
-                    int64_t v_panel, float* c, int64_t ldc) {
-    G::gemm_panels(M, N, k1 - k0, probs + k0 * G::MR, kPanel, v + k0 * G::NR, v_panel, c, ldc, false);
+  static bf16* row(float*, bf16* probs, int64_t r) { return probs + r / 32 * kPanel + r % 32 * 32; }
+  static void put(bf16* row, int64_t k, const vf* x) {
+    _mm512_store_si512(row + k * 32, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
   }
 };
 #endif
 
-// One row r of a block: scores[r][lo:hi) of a split -> probabilities over [k0, k1), zeros outside [lo, hi);
-// returns the maximum and the sum. k0 and k1 are multiples of kLine, 0 <= k0 <= lo < hi <= k1.
+// A row of a block of scores: what it sees of a split, 0 <= lo < hi, and the whole lines among that.
+struct RowLines {
+  int64_t lo, hi, first = round_down(lo, kLine), last = round_up(hi, kLine);
+  int64_t inner = round_up(lo, kLine), inner_end = round_down(hi, kLine);
+  vi inside(int64_t k) const {
+    const vi j = lane_index() + (int32_t)k;
+    return (j >= (int32_t)lo) & (j < (int32_t)hi);
+  }
+};
+inline constexpr int kStep = W < 16 ? kLine / W : 2 * kLine / W;  // vectors of a step through whole lines
+
+// The maximum of a row's scores s, which are transformed on the way.
+inline float row_max(const Transform& f, float* s, const RowLines& x) {
+  constexpr int U = kLine / W, N = kStep;
+  if (!f.plain)
+    for (int64_t k = x.first; k < x.last; k += W) store(s + k, f.apply(load(s + k)));
+  vf top[N];
+  for (int i = 0; i < N; ++i) top[i] = splat(kNoScore);
+  const auto edge = [&](int64_t k) __attribute__((always_inline)) {
+    for (int u = 0; u < U; ++u) top[u] = max(select(x.inside(k + u * W), load(s + k + u * W), splat(kNoScore)), top[u]);
+  };
+  int64_t k = x.first;
+  if (k < x.inner) edge(k), k += kLine;
+  for (; k + N * W <= x.inner_end; k += N * W)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) top[i] = max(load(s + k + i * W), top[i]);
+  for (; k < x.last; k += kLine) edge(k);
+  for (int i = 1; i < N; ++i) top[0] = max(top[i], top[0]);
+  return reduce_max(top[0]);
+}
+
+struct NoWork {
+  void tick() {}
+};
+
+// Row r of a block: its transformed scores, whose maximum is m, -> probabilities over [k0, k1), zeros outside [lo, hi), and
+// their sum. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1. beside.tick() is called once a step.
+template <class T, class Work>
+inline __attribute__((always_inline)) float row_probs(const Transform& f, float m, float* scores, T* probs, int64_t r,
+                                                      const RowLines& at, int64_t k0, int64_t k1, Work& beside) {
+  constexpr int U = kLine / W, N = kStep;
+  const float* s = scores + r * kLd;
+  T* row = Probs<T>::row(scores, probs, r);
+  const vf c = splat(f.c), shift = splat(m);
+  vf sum[U], x[N];
+  for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
+  int64_t k = k0;
+  for (; k < at.first; k += kLine) Probs<T>::put(row, k, x);
+  // inline, or else x and sum would live in memory
+  const auto edge = [&](int64_t k) __attribute__((always_inline)) {
+    for (int u = 0; u < U; ++u) x[u] = (load(s + k + u * W) - shift) * c;
+    exp2_fast<U>(x);
+    for (int u = 0; u < U; ++u) sum[u] += x[u] = select(at.inside(k + u * W), x[u], zero());
+    Probs<T>::put(row, k, x);
+  };
+  if (k < at.inner) edge(k), k += kLine;
+  for (; k + N * W <= at.inner_end; k += N * W) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = load(s + k + i * W) - shift;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] *= c;
+    exp2_fast<N>(x);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum[i % U] += x[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i += U) Probs<T>::put(row, k + i * W, x + i);
+    beside.tick();
+  }
+  for (; k < at.last; k += kLine) edge(k);
+  for (int u = 0; u < U; ++u) x[u] = zero();
+  for (; k < k1; k += kLine) Probs<T>::put(row, k, x);
+  for (int u = 1; u < U; ++u) sum[0] += sum[u];
+  return reduce_add(sum[0]);
+}
+
+// Both for one row: its maximum and its sum.
 template <class T>
 inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, int64_t lo, int64_t hi, int64_t k0,
                         int64_t k1, float* m, float* l) {
-  constexpr int U = kLine / W;
-  float* s = scores + r * kLd;
-  const int64_t first = round_down(lo, kLine), last = round_up(hi, kLine);
-  const vi lanes = lane_index();
-  const auto edge = [&](int64_t k) { return k < lo || k + kLine > hi; };
-  const auto inside = [&](int64_t k) {
-    const vi j = lanes + (int32_t)k;
-    return (j >= (int32_t)lo) & (j < (int32_t)hi);
-  };
-  if (!f.plain)
-    for (int64_t k = first; k < last; k += W) store(s + k, f.apply(load(s + k)));
-
-  vf top[U];
-  for (int u = 0; u < U; ++u) top[u] = splat(kNoScore);
-  for (int64_t k = first; k < last; k += kLine) {
-    if (edge(k)) {
-      for (int u = 0; u < U; ++u) top[u] = max(select(inside(k + u * W), load(s + k + u * W), splat(kNoScore)), top[u]);
-    } else {
-      for (int u = 0; u < U; ++u) top[u] = max(load(s + k + u * W), top[u]);
-    }
-  }
-  for (int u = 1; u < U; ++u) top[0] = max(top[u], top[0]);
-  const float maximum = reduce_max(top[0]);
-
-  const vf c = splat(f.c), shift = splat(maximum);
-  vf sum[U], x[U];
-  for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
-  for (int64_t k = k0; k < first; k += kLine) Probs<T>::put(scores, probs, r, k, x);
-  for (int64_t k = first; k < last; k += kLine) {
-    for (int u = 0; u < U; ++u) {
-      x[u] = exp2_fast((load(s + k + u * W) - shift) * c);
-      if (edge(k)) x[u] = select(inside(k + u * W), x[u], zero());
-      sum[u] += x[u];
-    }
-    Probs<T>::put(scores, probs, r, k, x);
-  }
-  for (int u = 0; u < U; ++u) x[u] = zero();
-  for (int64_t k = last; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
-  for (int u = 1; u < U; ++u) sum[0] += sum[u];
-  *m = maximum;
-  *l = reduce_add(sum[0]);
+  const RowLines at{lo, hi};
+  *m = row_max(f, scores + r * kLd, at);
+  NoWork none;
+  *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1, none);
 }
 
 // A row that sees nothing of [k0, k1).
 template <class T> inline void blank_row(float* scores, T* probs, int64_t r, int64_t k0, int64_t k1) {
   vf x[kLine / W];
   for (vf& v : x) v = zero();
-  for (int64_t k = k0; k < k1; k += kLine) Probs<T>::put(scores, probs, r, k, x);
+  for (int64_t k = k0; k < k1; k += kLine) Probs<T>::put(Probs<T>::row(scores, probs, r), k, x);
 }
 
-// (m, l, o) += (ms, ls, os): the running result of a row takes in the next split. Starts from (-inf, 0, 0).
+// (m, l, o) += (ms, ls, os): the running result of a row takes in the next split. Starts from m = -inf, o is then not read.
 inline void merge_row(const Transform& f, float* m, float* l, float* o, float ms, float ls, const float* os, int64_t value_dim) {
+  if (*m == -INFINITY) {
+    *m = ms, *l = ls;
+    memcpy(o, os, value_dim * sizeof(float));
+    return;
+  }
   const float both = ms > *m ? ms : *m;
-  const vf a = *m == -INFINITY ? zero() : exp2_fast(splat((*m - both) * f.c)), b = exp2_fast(splat((ms - both) * f.c));
+  vf x[2] = {splat((*m - both) * f.c), splat((ms - both) * f.c)};
+  exp2_fast<2>(x);
+  const vf a = x[0], b = x[1];
   *l = fma(splat(ls), b, splat(*l) * a)[0];
   *m = both;
   for (int64_t d = 0; d < value_dim; d += W) {
@@ -185,7 +234,12 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
   }
   *lse = fma(splat(m), splat(f.factor), splat(logf(l)))[0];
   const float divisor = sink ? l * (1.0f + expf(*sink - *lse)) : l;
-  for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) / divisor, (int)(value_dim - d));
+  if constexpr (sizeof(S) == 2) {  // a division takes as long as 10 products; 16 bits do not show the second rounding
+    const vf factor = splat(1.0f / divisor);
+    for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) * factor, (int)(value_dim - d));
+  } else {
+    for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) / divisor, (int)(value_dim - d));
+  }
 }
 
 template <class S> inline const S* at(const void* base, const int64_t stride[3], int64_t b, int64_t s, int64_t h) {
@@ -195,16 +249,22 @@ template <class S> inline S* at(void* base, const int64_t stride[3], int64_t b, 
   return (S*)base + b * stride[0] + s * stride[1] + h * stride[2];
 }
 
-// The queries and results of forward and decode alike.
+// The queries and results of forward and decode alike, of one length or packed.
 struct Queries {
-  const void* q;       // [B, S, H, D]
+  const void* q;       // [B, S, H, D]; packed [N, H, D]
   void* out;           // [B, S, H, Dv]
   float* lse;          // [B, S, H]
   const float* sinks;  // [H] or null
   const int64_t *q_stride, *out_stride;
+  int64_t q_len;                        // S
+  const int32_t* cu_seqlens = nullptr;  // [B + 1] packed: sequence b holds rows cu_seqlens[b] ... of one batch row
+
+  int64_t first(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : 0; }
+  int64_t length(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] - cu_seqlens[b] : q_len; }
+  int64_t lse_row(int64_t b, int64_t i) const { return cu_seqlens ? cu_seqlens[b] + i : b * q_len + i; }
 };
 
-// The valid keys of each batch row, j = 0 ... count(b) - 1, in a tensor or in pages.
+// The valid keys of each sequence, j = 0 ... count(b) - 1: in a tensor, packed one after another, or in pages.
 struct Keys {
   const void *k, *v;
   const int64_t *k_stride, *v_stride;
@@ -213,9 +273,10 @@ struct Keys {
   const int32_t* seqlens = nullptr;   // T of each row, instead of k_len
   const int32_t* block_table = nullptr;
   int64_t page_size = 0, max_pages = 0;
+  const int32_t* cu_seqlens = nullptr;  // [B + 1] packed
 
-  int64_t start(int64_t b) const { return key_start ? key_start[b] : 0; }
-  int64_t length(int64_t b) const { return seqlens ? seqlens[b] : k_len; }  // T of this row
+  int64_t start(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : key_start ? key_start[b] : 0; }
+  int64_t length(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] : seqlens ? seqlens[b] : k_len; }  // past the last key
   int64_t count(int64_t b) const { return length(b) - start(b); }
   // Keys from j on that lie at a constant stride.
   int64_t run(int64_t j, int64_t end) const { return block_table ? least(end - j, page_size - j % page_size) : end - j; }
@@ -248,46 +309,6 @@ inline void pack_split(const Keys& x, int64_t b, int64_t h, int64_t j, int64_t k
       Mm::pack_b_t(src + d, x.v_stride[1], least(Mm::NR, Dv - d), n, v + d * keys_p + (i - j) * Mm::NR);
   }
 }
-
-// A block of rows against one split of keys: scores, softmax, values.
-template <class T> struct SplitBlock {
-  using Mm = Gemm<T>;
-  static constexpr int64_t kRows = W < 16 ? 4 * Mm::MR : 64 / Mm::MR * Mm::MR;  // 64 (bf16), 60 (AVX-512), 24
-  const Transform transform;
-  const int64_t D, Dv, ldo = round_up(Dv, Mm::NR);
-  float* scores;   // [kRows, kLd]
-  T* probs;        // bf16: packed [kRows, kSplit]
-  float* o_split;  // [kRows, ldo]
-  float ms[kRows], ls[kRows];  // the split's maximum (-inf: the row sees nothing of it) and sum
-
-  static int64_t floats(int64_t Dv) { return kRows * (kLd + round_up(Dv, Mm::NR)) + Probs<T>::size(kRows) / 2; }
-  SplitBlock(const AttentionShape& s, float* scratch)
-      : transform(s), D(s.head_dim), Dv(s.value_dim), scores(scratch), probs((T*)(scratch + kRows * kLd)),
-        o_split(scratch + kRows * kLd + Probs<T>::size(kRows) / 2) {}
-
-  // rows <= kRows packed queries q that see `seen` of the keys [base, base + keys) packed in k and v; false: nothing of them.
-  bool run(int64_t rows, const Range* seen, int64_t base, int64_t keys, const T* q, const T* k, const T* v) {
-    int64_t k0 = keys, k1 = 0;
-    const auto clip = [&](int64_t r) { return Range{most(seen[r].lo - base, 0), least(seen[r].hi - base, keys)}; };
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range c = clip(r);
-      if (c.lo < c.hi) k0 = least(k0, c.lo), k1 = most(k1, c.hi);
-    }
-    if (k0 >= k1) return false;
-    k0 = round_down(k0, kLine), k1 = round_up(k1, kLine);
-
-    const int64_t M = round_up(rows, Mm::MR), kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys);
-    Mm::gemm_panels(M, k1 - k0, D, q, Mm::MR * kp, k + k0 * kp, Mm::NR * kp, scores + k0, kLd, false);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range c = clip(r);
-      ms[r] = -INFINITY;
-      if (c.lo < c.hi) softmax_row<T>(transform, scores, probs, r, c.lo, c.hi, k0, k1, ms + r, ls + r);
-      else blank_row<T>(scores, probs, r, k0, k1);
-    }
-    Probs<T>::times(M, ldo, k0, least(k1, keys_p), scores, probs, v, Mm::NR * keys_p, o_split, ldo);
-    return true;
-  }
-};
 
 // Forward over keys in a tensor or in pages, every row through its splits in order (attention_forward.cpp).
 void attention_rows(const AttentionShape& s, const Queries& q, const Keys& k);

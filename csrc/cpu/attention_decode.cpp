@@ -162,7 +162,7 @@ template <class St> struct Decode {
 template <class St> void decode(const AttentionDecodeParams& p, const Keys& keys) {
   if (p.batch * p.kv_heads == 0) return;
   if (p.heads / p.kv_heads * p.q_len <= kStreamRows && Stream<St, Compute<St>>::takes(p.head_dim)) return Decode<St>(p, keys).run();
-  attention_rows(p, Queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride}, keys);
+  attention_rows(p, Queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride, p.q_len}, keys);
 }
 
 }  // namespace

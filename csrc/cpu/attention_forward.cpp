@@ -2,14 +2,17 @@
 //
 //   s_ij = scale q_i . k_j,  lse_i = log sum_j e^(s_ij),  o_i = sum_j e^(s_ij - lse_i) v_j        (csrc/include/attention.h)
 //
-// One (batch, key head) pair has R = G * S rows: query i of head g of the group is row g * S + i. K and V are packed
-// once per pair, in parallel; then every item takes a chunk of a pair's rows over all splits of keys they see:
+// One pair (sequence, key head) has R = G * S rows: query i of head g of the group is row g * S + i. K and V are packed
+// once per pair; then every item takes a chunk of a pair's rows over all splits of keys they see:
 //   for each split:  for each block of kRows rows:  S = Q K^T, softmax in place, O_split = P V, merge
 // so that a split (256 KiB of K and V at D = 128 in bf16) stays in L2 while the chunk's blocks pass over it.
+// Large pairs are packed by all threads and worked on in chunks, heavy chunks first. A pair that is a small part of the
+// whole is one thread's, which packs it into memory still in its cache from the pair before. Packed sequences of any mix
+// of lengths come out even that way; S and T are each sequence's own.
 //
 // B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim.
-#include "attention_block.h"
 #include "attention_kernels.h"
+#include "attention_split.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -24,20 +27,16 @@ template <class St> struct Forward {
   const AttentionShape& p;
   const Queries& io;
   const Keys& keys;
-  const int64_t S, D, Dv, G;
-  const int64_t splits;                                                             // of the longest row
+  const int64_t D, Dv, H, G;  // H: key heads
   const int64_t k_split = Mm::size_b(kSplit, D), v_split = Mm::size_b(Dv, kSplit);  // elements of a packed split
   const int64_t ldo = round_up(Dv, Mm::NR);
 
   Forward(const AttentionShape& shape, const Queries& queries, const Keys& k)
-      : p(shape), io(queries), keys(k), S(p.q_len), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0),
-        splits(longest()) {}
+      : p(shape), io(queries), keys(k), D(p.head_dim), Dv(p.value_dim), H(p.kv_heads), G(H ? p.heads / H : 0) {}
 
-  int64_t longest() const {
-    int64_t n = 0;
-    for (int64_t b = 0; b < p.batch; ++b) n = most(n, keys.count(b));
-    return (n + kSplit - 1) / kSplit;
-  }
+  int64_t rows(int64_t b) const { return G * io.length(b); }
+  int64_t splits(int64_t b) const { return (keys.count(b) + kSplit - 1) / kSplit; }
+  double cost(int64_t b) const { return (double)rows(b) * (double)(keys.count(b) + kLine); }
 
   // Scratch of one thread.
   struct Local {
@@ -61,9 +60,20 @@ template <class St> struct Forward {
     return x;
   }
 
-  // Rows [r0, r1) of a pair against the packed splits k, v of that pair.
-  void chunk(int64_t pair, int64_t r0, int64_t r1, const T* k, const T* v, const Local& x) const {
-    const int64_t b = pair / p.kv_heads, kv_head = pair % p.kv_heads, n = keys.count(b), rows = r1 - r0;
+  // A packed pair: all its splits of K, then those of V.
+  struct Packed {
+    T *k, *v;
+  };
+  Packed packed_at(T* base, int64_t b) const { return {base, base + splits(b) * k_split}; }
+
+  void pack(int64_t b, int64_t kv_head, int64_t split, const Packed& x, const Local& scratch) const {
+    const int64_t first = split * kSplit, count = least(kSplit, keys.count(b) - first);
+    pack_split<St>(keys, b, kv_head, first, count, D, Dv, scratch.rows, x.k + split * k_split, x.v + split * v_split);
+  }
+
+  // Rows [r0, r1) of a pair against its packed splits.
+  void chunk(int64_t b, int64_t kv_head, int64_t r0, int64_t r1, const Packed& packed, const Local& x) const {
+    const int64_t S = io.length(b), n = keys.count(b), rows = r1 - r0;
     Range seen[kMaxRows];
     float m[kMaxRows], l[kMaxRows];
     int64_t first = n, last = 0;
@@ -73,79 +83,158 @@ template <class St> struct Forward {
       if (seen[r].lo == seen[r].hi) continue;
       first = least(first, seen[r].lo), last = most(last, seen[r].hi);
     }
-    memset(x.o, 0, rows * ldo * sizeof(float));
     if (last > first) pack_queries(b, kv_head, r0, rows, x);
 
+    // Units: for each split, for each block of kRows rows. While one is in its softmax, the one before multiplies its
+    // values and the one after its scores.
     Block block(p, x.block);
-    for (int64_t split = first / kSplit; split * kSplit < last; ++split) {
-      const int64_t base = split * kSplit, count = least(kSplit, n - base);
-      for (int64_t r = 0; r < rows; r += kRows) {
-        const int64_t here = least(kRows, rows - r);
-        if (!block.run(here, seen + r, base, count, x.q + r * Mm::padded_k(D), k + split * k_split, v + split * v_split)) continue;
-        for (int64_t i = 0; i < here; ++i)
-          if (block.ms[i] != -INFINITY)
-            merge_row(block.transform, m + r + i, l + r + i, x.o + (r + i) * ldo, block.ms[i], block.ls[i], block.o_split + i * ldo, ldo);
+    const auto count = [&](const Unit& u) { return least(kSplit, n - u.split * kSplit); };
+    const auto next = [&](Unit& u) {
+      do {
+        u.row += kRows;
+        if (u.row >= rows) u.row = 0, ++u.split;
+        if (u.split * kSplit >= last) return false;
+        u.rows = least(kRows, rows - u.row);
+      } while (!block.bounds(u, seen, count(u)));
+      return true;
+    };
+    const auto scores = [&](const Unit& u, int place) { block.scores(u, block.places[place], x.q, packed.k + u.split * k_split); };
+    bool fresh = false;  // no row of the unit has a result yet: the split's is the result
+    const auto values = [&](const Unit& u, int place) {
+      fresh = true;
+      for (int64_t r = u.row; r < u.row + u.rows; ++r) fresh &= m[r] == -INFINITY;
+      block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
+    };
+    const auto merge = [&](const Unit& u, int place) {
+      const typename Block::Place& y = block.places[place];
+      for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
+        if (fresh) m[r] = y.ms[i], l[r] = y.ls[i];
+        else if (y.ms[i] != -INFINITY) merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
       }
+    };
+    Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
+    int place = 0;
+    bool going = next(now), any = false;
+    if (going) scores(now, place), block.products.finish();
+    for (; going; place ^= 1, any = true) {
+      after = now;
+      going = next(after);
+      if (any) values(before, place ^ 1);
+      if (going) scores(after, place ^ 1);
+      block.softmax(now, block.places[place], seen, count(now));
+      block.products.finish();
+      if (any) merge(before, place ^ 1);
+      before = now, now = after;
     }
+    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = (r0 + r) % S, h = kv_head * G + (r0 + r) / S;
-      finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr, at<St>(io.out, io.out_stride, b, i, h),
-                 io.lse + (b * S + i) * p.heads + h);
+      finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
+                 at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
     }
   }
 
   void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, const Local& x) const {
-    const int64_t h = kv_head * G + r0 / S;
-    if (r0 % S + rows <= S) return Mm::pack_a(at<St>(io.q, io.q_stride, b, r0 % S, h), io.q_stride[1], rows, D, x.q);
-    for (int64_t r = 0; r < rows; ++r)
-      memcpy(x.rows + r * D, at<St>(io.q, io.q_stride, b, (r0 + r) % S, kv_head * G + (r0 + r) / S), D * sizeof(St));
+    const int64_t S = io.length(b);
+    const auto query = [&](int64_t r) { return at<St>(io.q, io.q_stride, b, io.first(b) + r % S, kv_head * G + r / S); };
+    if (r0 % S + rows <= S) return Mm::pack_a(query(r0), io.q_stride[1], rows, D, x.q);
+    for (int64_t r = 0; r < rows; ++r) memcpy((void*)(x.rows + r * D), query(r0 + r), D * sizeof(St));
     Mm::pack_a(x.rows, D, rows, D, x.q);
   }
 
-  void run() const {
-    const int64_t pairs = p.batch * p.kv_heads, R = G * S;
-    if (pairs == 0 || R == 0) return;
-    // Chunks lie within a head where a head has enough rows, else they run across the group's heads.
-    int64_t chunk_rows = kMaxRows;
-    while (chunk_rows > kRows && pairs * ((R + chunk_rows - 1) / chunk_rows) < 4 * p.threads) chunk_rows -= kRows;
-    const int64_t span = S > chunk_rows ? S : R, chunks = (span + chunk_rows - 1) / chunk_rows, spans = R / span;
-    const int64_t pair_bytes = most(1, splits * (k_split + v_split) * (int64_t)sizeof(T));
-    // With many pairs a thread packs the pair it works on, into memory still in its cache from the pair before.
-    const bool many = pairs >= 8 * p.threads;
-    const int64_t wave = many ? p.threads : least(pairs, most(p.threads, kPackedBytes / pair_bytes));
+  // Chunks of a pair's rows: they lie within a head where a head has enough rows, else they run across the group's heads.
+  template <class F> void each_chunk(int64_t b, int64_t chunk_rows, const F& body) const {
+    const int64_t S = io.length(b), R = rows(b), span = S > chunk_rows ? S : R;
+    for (int64_t first = 0; first < R; first += span)
+      for (int64_t r = 0; r < span; r += chunk_rows) body(first + r, first + least(span, r + chunk_rows));
+  }
+  int64_t count_chunks(int64_t b, int64_t chunk_rows) const {
+    int64_t n = 0;
+    each_chunk(b, chunk_rows, [&](int64_t, int64_t) { ++n; });
+    return n;
+  }
 
-    Scratch<T> packed(wave * splits * (k_split + v_split));
+  void run() const {
+    if (H == 0 || G == 0) return;
+    double total = 0;
+    for (int64_t b = 0; b < p.batch; ++b) total += H * cost(b);
     const int64_t floats = round_up(local_floats(), 1024);
     Scratch<float> scratch(p.threads * floats);
-    const auto k_of = [&](int64_t i) { return packed + i * splits * (k_split + v_split); };
-    const auto pack = [&](int64_t pair, int64_t split, T* k, int thread) {
-      const int64_t b = pair / p.kv_heads, count = least(kSplit, keys.count(b) - split * kSplit);
-      if (count <= 0) return;
-      pack_split<St>(keys, b, pair % p.kv_heads, split * kSplit, count, D, Dv, local(scratch + thread * floats).rows,
-                     k + split * k_split, k + splits * k_split + split * v_split);
-    };
-    // A pair's item: late chunks first, under a causal mask they are the heavy ones.
-    const auto run_chunk = [&](int64_t pair, int64_t item, T* k, int thread) {
-      const int64_t c = chunks - 1 - item / spans, s = item % spans;
-      const int64_t r0 = s * span + c * chunk_rows, r1 = s * span + least(span, (c + 1) * chunk_rows);
-      chunk(pair, r0, r1, k, k + splits * k_split, local(scratch + thread * floats));
-    };
-    if (many)
-      return parallel_for(p.threads, pairs, [&](int64_t pair, int thread) {
-        T* k = k_of(thread);
-        for (int64_t split = 0; split < splits; ++split) pack(pair, split, k, thread);
-        for (int64_t item = 0; item < spans * chunks; ++item) run_chunk(pair, item, k, thread);
-      });
-    for (int64_t done = 0; done < pairs; done += wave) {
-      const int64_t here = least(wave, pairs - done);
-      parallel_for(p.threads, here * splits, [&](int64_t item, int thread) {
-        pack(done + item / splits, item % splits, k_of(item / splits), thread);
-      });
-      parallel_for(p.threads, here * spans * chunks, [&](int64_t item, int thread) {
-        const int64_t i = item / spans % here;
-        run_chunk(done + i, item / (here * spans) * spans + item % spans, k_of(i), thread);
-      });
+    const auto mine = [&](int thread) { return local(scratch + thread * floats); };
+
+    Scratch<int64_t> order(p.batch);  // sequences: large ones from the front, small ones from the back
+    int64_t large = 0, small = 0, small_splits = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (rows(b) == 0) continue;
+      if (8 * p.threads * cost(b) > total) order[large++] = b;
+      else order[p.batch - ++small] = b, small_splits = most(small_splits, splits(b));
     }
+    // There are at most 8 * threads large pairs, and they are held packed together as far as kPackedBytes go.
+    for (int64_t at = 0, end; at < large * H; at = end) {
+      int64_t held = 0;
+      for (end = at; end < large * H; ++end) {
+        const int64_t more = splits(order[end / H]);
+        if (end > at && (held + more) * (k_split + v_split) * (int64_t)sizeof(T) > kPackedBytes) break;
+        held += more;
+      }
+      run_large(order, at, end, held, mine);
+    }
+    if (small == 0) return;
+    const int64_t buffer = small_splits * (k_split + v_split);
+    Scratch<T> packed(p.threads * buffer);
+    parallel_for(p.threads, small * H, [&](int64_t item, int thread) {
+      const int64_t b = order[p.batch - 1 - item / H], h = item % H;
+      const Packed x = packed_at(packed + thread * buffer, b);
+      for (int64_t split = 0; split < splits(b); ++split) pack(b, h, split, x, mine(thread));
+      each_chunk(b, kMaxRows, [&](int64_t r0, int64_t r1) { chunk(b, h, r0, r1, x, mine(thread)); });
+    });
+  }
+
+  // Pairs [begin, end), pair i being key head i % H of sequence order[i / H], of `held` splits together.
+  template <class F> void run_large(const int64_t* order, int64_t begin, int64_t end, int64_t held, const F& mine) const {
+    struct Item {
+      int64_t pair, r0, r1;
+    };
+    const auto chunks = [&](int64_t chunk_rows) {
+      int64_t n = 0;
+      for (int64_t i = begin; i < end; ++i) n += count_chunks(order[i / H], chunk_rows);
+      return n;
+    };
+    int64_t chunk_rows = kMaxRows, longest = 0;
+    while (chunk_rows > kRows && chunks(chunk_rows) < 4 * p.threads) chunk_rows -= kRows;
+    for (int64_t i = begin; i < end; ++i) longest = most(longest, splits(order[i / H]));
+
+    Scratch<T> packed(held * (k_split + v_split));
+    Scratch<Packed> pairs(end - begin);
+    Scratch<Item> packs(held), items(chunks(chunk_rows));
+    Scratch<int64_t> places(longest + 2);  // items by the splits up to their last row's last key, most first
+    memset(places, 0, (longest + 2) * sizeof(int64_t));
+    const auto each = [&](const auto& body) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = order[i / H], S = io.length(b), n = keys.count(b);
+        each_chunk(b, chunk_rows, [&](int64_t r0, int64_t r1) {
+          const int64_t p1 = r0 / S == (r1 - 1) / S ? (r1 - 1) % S + n - S : n - 1;
+          body(i - begin, r0, r1, longest - (visible_keys(p, p1, n).hi + kSplit - 1) / kSplit);
+        });
+      }
+    };
+    each([&](int64_t, int64_t, int64_t, int64_t rank) { ++places[rank + 1]; });
+    for (int64_t i = 0; i <= longest; ++i) places[i + 1] += places[i];
+    each([&](int64_t pair, int64_t r0, int64_t r1, int64_t rank) { items[places[rank]++] = {pair, r0, r1}; });
+    for (int64_t i = begin, done = 0; i < end; ++i) {
+      const int64_t b = order[i / H], n = splits(b);
+      pairs[i - begin] = packed_at(packed + done * (k_split + v_split), b);
+      for (int64_t split = 0; split < n; ++split) packs[done + split] = {i - begin, split, 0};
+      done += n;
+    }
+    parallel_for(p.threads, held, [&](int64_t item, int thread) {
+      const Item& x = packs[item];
+      pack(order[(begin + x.pair) / H], (begin + x.pair) % H, x.r0, pairs[x.pair], mine(thread));
+    });
+    parallel_for(p.threads, chunks(chunk_rows), [&](int64_t item, int thread) {
+      const Item& x = items[item];
+      chunk(order[(begin + x.pair) / H], (begin + x.pair) % H, x.r0, x.r1, pairs[x.pair], mine(thread));
+    });
   }
 };
 
@@ -160,8 +249,10 @@ void attention_rows(const AttentionShape& s, const Queries& q, const Keys& k) {
 }
 
 void attention_forward(const AttentionForwardParams& p) {
-  const Queries queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride};
-  attention_rows(p, queries, Keys{p.k, p.v, p.k_stride, p.v_stride, p.k_len, p.key_start});
+  const Queries queries{p.q, p.out, p.lse, p.sinks, p.q_stride, p.out_stride, p.q_len, p.cu_seqlens_q};
+  Keys keys{p.k, p.v, p.k_stride, p.v_stride, p.k_len, p.key_start};
+  keys.cu_seqlens = p.cu_seqlens_k;
+  attention_rows(p, queries, keys);
 }
 
 }  // namespace tk::TK_ISA

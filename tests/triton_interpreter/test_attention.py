@@ -154,6 +154,6 @@ def test_covers_names_the_argument() -> None:
     assert kernels.covers(q.double(), k, k).startswith("q:")
     assert kernels.covers(q, k.half(), k).startswith("k:")
     assert kernels.covers(q, k, k, scale=-1.0).startswith("scale:")
-    assert kernels.covers(q, k, k, cu_seqlens_q=torch.tensor([0, 2])).startswith("cu_seqlens_q:")
+    assert kernels.covers(q, k, k, prefix=(k.half(), k)).startswith("prefix:")
     wide = torch.randn(1, 2, 1, 320)
     assert kernels.covers(torch.randn(1, 2, 2, 320), wide, k).startswith("q:")

@@ -148,6 +148,7 @@ template <> struct Gemm<float> {
     const float* row[(R + 2) / 3];  // every third row: the two after it are within reach of an address
 #pragma GCC unroll 16
     for (int r = 0; r < R; r += 3) row[r / 3] = a + r * step;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < K; ++k, b += NR) {
       if constexpr (R == MR && RS == 1) __builtin_prefetch(row[0] + ahead, 0, 2);  // the next panel of A, into L2
       const vf b0 = load(b), b1 = load(b + W);

@@ -44,8 +44,21 @@ inline vf zero() { return vf{}; }
 inline vi as_int(vf x) { return (vi)x; }
 inline vf as_float(vi x) { return (vf)x; }
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }  // mask lanes are 0 or -1
-inline vf max(vf a, vf b) { return a > b ? a : b; }             // b where either is NaN
-inline vf min(vf a, vf b) { return a < b ? a : b; }
+// b where either is NaN. On AVX-512 GCC 12 compiles the comparison to two instructions and a mask.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 inline vi lane_index() {
   vi x;
@@ -182,6 +195,26 @@ template <class S> inline void store_n(S* p, vf x, int n) {
 
 // ---- reductions over the lanes: halves added, then halves of those, ...
 
+#if defined(__AVX2__)
+// Lane 0 of f over all lanes; in registers: through memory a row of softmax waited longer for this than for its 512 exponentials.
+template <class F> inline float reduce_lanes(vf x, const F& f) {
+#if defined(__AVX512F__)
+  const __m256 y = f(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+#else
+  const __m256 y = (__m256)x;
+#endif
+  const __m256 q = f(y, _mm256_permute2f128_ps(y, y, 1));
+  const __m256 h = f(q, _mm256_permute_ps(q, 0b01001110));
+  return _mm256_cvtss_f32(f(h, _mm256_permute_ps(h, 0b10110001)));
+}
+inline float reduce_add(vf x) {
+  return reduce_lanes(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
+}
+// NaN lanes are ignored or not, as they fall: callers that must see NaN get it from their sums.
+inline float reduce_max(vf x) {
+  return reduce_lanes(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
+}
+#else
 inline float reduce_add(vf x) {
   float t[W];
   store(t, x);
@@ -189,7 +222,6 @@ inline float reduce_add(vf x) {
     for (int i = 0; i < h; ++i) t[i] += t[i + h];
   return t[0];
 }
-// NaN lanes are ignored by comparisons that are false: callers that must see NaN get it from their sums.
 inline float reduce_max(vf x) {
   float t[W];
   store(t, x);
@@ -197,6 +229,7 @@ inline float reduce_max(vf x) {
     for (int i = 0; i < h; ++i) t[i] = t[i] > t[i + h] ? t[i] : t[i + h];
   return t[0];
 }
+#endif
 
 // ---- functions
 

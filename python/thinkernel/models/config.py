@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from thinkernel.nn.rope import Yarn
+from thinkernel.nn.rope_scaling import RopeScaling, Yarn, scaling_from_dict
 
 ATTENTION_KINDS = ("gqa", "mla", "dsa")
 
@@ -27,13 +27,14 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool | None = None  # of grouped-query attention's o_proj alone; default: attention_bias
     max_positions: int = 4096  # what the model was made for; nothing is allocated by it
     init_std: float = 0.02
 
     # rotary embedding
     rope_theta: float = 10000.0
     rope_interleaved: bool = False  # MLA models of DeepSeek: True
-    yarn: Yarn | None = None
+    rope_scaling: RopeScaling | None = None  # nn.LinearRope, nn.Llama3Rope or nn.Yarn
 
     # grouped-query attention
     kv_heads: int | None = None  # default: heads
@@ -84,6 +85,11 @@ class ModelConfig:
             raise ValueError(f"expert_dim: got {self.expert_dim}, takes at least 1 where there are experts")
 
     @property
+    def softmax_factor(self) -> float:
+        """What YaRN multiplies MLA's softmax scale by."""
+        return self.rope_scaling.softmax_factor if isinstance(self.rope_scaling, Yarn) else 1.0
+
+    @property
     def rotary_dim(self) -> int:
         """How many dims of a head are turned by RoPE."""
         return (self.head_dim or self.hidden // self.heads) if self.attention == "gqa" else self.rope_dim
@@ -93,16 +99,20 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        scaling = self.rope_scaling
+        return dataclasses.asdict(self) | {"rope_scaling": None if scaling is None else scaling.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
         values = dict(values)
+        if "yarn" in values:  # files written before there were other kinds
+            yarn = values.pop("yarn")
+            values["rope_scaling"] = yarn and {"rope_type": "yarn", **yarn}
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"config: got unknown fields {', '.join(sorted(unknown))}")
-        if values.get("yarn") is not None and not isinstance(values["yarn"], Yarn):
-            values["yarn"] = Yarn(**values["yarn"])
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = scaling_from_dict(values["rope_scaling"])
         if values.get("window") is not None:
             values["window"] = tuple(values["window"])
         return cls(**values)

@@ -1,4 +1,5 @@
-"""Weights in and out: our safetensors files, and Hugging Face's weights of qwen3, deepseek_v3 and deepseek_v32.
+"""Weights in and out: our safetensors files, and Hugging Face's weights of llama, mistral, qwen2, qwen3, deepseek_v3 and
+deepseek_v32.
 
 Every Hugging Face tensor has one of ours under another name with the same layout, except that checkpoints on disk store
 each expert apart: experts.{e}.gate_proj, up_proj [I, hidden] and down_proj [hidden, I]; we hold w_gate_up
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from thinkernel.models.config import ModelConfig
 from thinkernel.models.transformer import Transformer
-from thinkernel.nn.rope import Yarn
+from thinkernel.nn.rope_scaling import scaling_from_hf
 
 FORMAT = "thinkernel-1"
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+DEEPSEEK = ("deepseek_v3", "deepseek_v32")
 
 # Ours, theirs; the first that matches a name decides. {} is the layer's number.
 RENAMES = (
@@ -71,8 +74,8 @@ def config_from_hf(config) -> ModelConfig:
     """A transformers configuration (object, or the dictionary of a config.json) as ours."""
     values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     kind = values.get("model_type")
-    if kind not in ("qwen3", "deepseek_v3", "deepseek_v32"):
-        raise ValueError(f"config: got model_type {kind!r}, takes qwen3, deepseek_v3 or deepseek_v32")
+    if kind not in DENSE + DEEPSEEK:
+        raise ValueError(f"config: got model_type {kind!r}, takes one of {', '.join(DENSE + DEEPSEEK)}")
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config: got hidden_act {values['hidden_act']!r}, takes 'silu'")
     # transformers 5 keeps everything in rope_parameters; older files have rope_theta and rope_scaling.
@@ -89,13 +92,21 @@ def config_from_hf(config) -> ModelConfig:
         max_positions=values["max_position_embeddings"],
         init_std=values.get("initializer_range", 0.02),
         rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
-        yarn=_yarn(rope, values["max_position_embeddings"]),
+        rope_scaling=scaling_from_hf(rope, values["max_position_embeddings"]),
     )
-    if kind == "qwen3":
-        if values.get("use_sliding_window"):
-            raise ValueError("config: got use_sliding_window = True, takes False")
+    if kind in DENSE:
+        for name in ("use_sliding_window", "mlp_bias"):
+            if values.get(name):
+                raise ValueError(f"config: got {name} = True, takes False")
+        if kind == "qwen2":
+            common |= dict(attention_bias=True, attention_out_bias=False)
+        window = values.get("sliding_window", 4096) if kind == "mistral" else None
         return ModelConfig(
-            **common, kv_heads=values["num_key_value_heads"], head_dim=values["head_dim"], qk_norm=True
+            **common,
+            kv_heads=values.get("num_key_value_heads"),
+            head_dim=values["head_dim"] if kind == "qwen3" else values.get("head_dim"),
+            qk_norm=kind == "qwen3",
+            window=None if window is None else (window - 1, 0),
         )
     sparse = {}
     if kind == "deepseek_v32":
@@ -130,25 +141,6 @@ def config_from_hf(config) -> ModelConfig:
         topk_group=values["topk_group"],
         renormalize=values["norm_topk_prob"],
         routed_scaling=values["routed_scaling_factor"],
-    )
-
-
-def _yarn(rope: Mapping, max_positions: int) -> Yarn | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(f"config: got rope_type {kind!r}, takes 'default' or 'yarn'")
-    original = rope["original_max_position_embeddings"]
-    return Yarn(
-        factor=rope["factor"] or max_positions / original,
-        original_max_positions=original,
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        attention_factor=rope.get("attention_factor"),
-        truncate=rope.get("truncate", True),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from thinkernel.models.config import ModelConfig
-from thinkernel.nn.rope import Yarn
+from thinkernel.nn.rope import Llama3Rope, Yarn
 
 PRESETS: dict[str, ModelConfig] = {
     # DeepSeek-V3.2 in miniature: MLA, indexer + sparse attention, routed and shared experts.
@@ -65,6 +65,22 @@ PRESETS: dict[str, ModelConfig] = {
         tie_embeddings=True,
         max_positions=40960,
     ),
+    "llama3_2_1b": ModelConfig(
+        vocab_size=128256,
+        layers=16,
+        hidden=2048,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        ff_dim=8192,
+        norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling=Llama3Rope(
+            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+        ),
+        tie_embeddings=True,
+        max_positions=131072,
+    ),
     "deepseek_v3": ModelConfig(
         vocab_size=129280,
         layers=61,
@@ -73,7 +89,7 @@ PRESETS: dict[str, ModelConfig] = {
         ff_dim=18432,
         attention="mla",
         rope_interleaved=True,
-        yarn=Yarn(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0),
+        rope_scaling=Yarn(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0),
         kv_latent=512,
         q_latent=1536,
         nope_dim=128,

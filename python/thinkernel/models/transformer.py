@@ -60,11 +60,11 @@ def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | 
             config.head_dim,
             qk_norm=config.qk_norm,
             bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
             eps=config.norm_eps,
             rope_interleaved=config.rope_interleaved,
             window=config.window,
         )
-    scale = (config.nope_dim + config.rope_dim) ** -0.5
     latent = dict(
         kv_latent=config.kv_latent,
         q_latent=config.q_latent,
@@ -74,7 +74,7 @@ def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | 
         bias=config.attention_bias,
         eps=config.latent_norm_eps,
         rope_interleaved=config.rope_interleaved,
-        scale=scale * config.yarn.softmax_factor if config.yarn else scale,
+        scale=(config.nope_dim + config.rope_dim) ** -0.5 * config.softmax_factor,
     )
     if config.attention == "mla" or layer < config.dense_attention:
         return MultiHeadLatentAttention(config.hidden, config.heads, **latent)
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden)
-        self.rope = RotaryEmbedding(config.rotary_dim, config.rope_theta, config.yarn)
+        self.rope = RotaryEmbedding(config.rotary_dim, config.rope_theta, config.rope_scaling)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.head = LinearLogProb(config.hidden, config.vocab_size)

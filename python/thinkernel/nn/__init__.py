@@ -6,7 +6,8 @@ from thinkernel.nn.grpo import GRPOLoss, LinearLogProb
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
 from thinkernel.nn.moe import FeedForward, MixtureOfExperts, MoELosses
-from thinkernel.nn.rope import RotaryEmbedding, Yarn
+from thinkernel.nn.norm import ZeroCentredRMSNorm
+from thinkernel.nn.rope import LinearRope, Llama3Rope, RotaryEmbedding, Yarn, packed_positions
 from thinkernel.nn.sparse import Indexer, NativeSparseAttention, SparseLatentAttention
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Indexer",
     "Linear",
     "LinearLogProb",
+    "LinearRope",
+    "Llama3Rope",
     "MixtureOfExperts",
     "MoELosses",
     "MultiHeadLatentAttention",
@@ -24,4 +27,6 @@ __all__ = [
     "RotaryEmbedding",
     "SparseLatentAttention",
     "Yarn",
+    "ZeroCentredRMSNorm",
+    "packed_positions",
 ]

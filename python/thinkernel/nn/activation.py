@@ -1,7 +1,8 @@
-"""SiLU whose bits depend on the value alone.
+"""SiLU and sigmoid whose bits depend on the value alone.
 
 Shapes: x [...], any.
 
+    sigmoid(x) = 1 / (1 + e^(−x));  d sigmoid = sigmoid(x)·(1 − sigmoid(x))
     silu(x) = x · sigmoid(x) = x / (1 + e^(−x));  d silu = sigmoid(x)·(1 + x·(1 − sigmoid(x)))
 
 torch's CPU silu and sigmoid compute the tail of an array, past the last full vector, with another exponential: of 56
@@ -30,3 +31,22 @@ class _Silu(torch.autograd.Function):
 def silu(x: Tensor) -> Tensor:
     """x / (1 + e^(−x)), batch-invariant and differentiable."""
     return _Silu.apply(x)
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        out = torch.neg(wide).exp_().add_(1).reciprocal_().to(x.dtype)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.sigmoid_backward(grad, out)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^(−x)), batch-invariant and differentiable."""
+    return _Sigmoid.apply(x)

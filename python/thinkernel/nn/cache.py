@@ -1,7 +1,8 @@
 """What the attention modules and a decoder agree on about a cache of past tokens.
 
 Shapes: B batch, S new tokens, T_max capacity. A cache is a plain preallocated tensor [B, T_max, ...]; row b holds its
-tokens at 0 … seqlens[b]−1, whatever its neighbours hold, and what lies behind is never read.
+tokens at 0 … seqlens[b]−1, whatever its neighbours hold, and what lies behind is never read. Grouped-query attention
+also takes pages [P, page, ...], of which block_table [B, max_pages] says which are whose.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ class CacheStep(NamedTuple):
 
     seqlens [B] int32 counts the S new tokens; extent is a number on the host that no row's length exceeds, so that a
     kernel sees cache[:, :extent] and nothing needs a synchronisation; fresh says that the cache was empty before.
+    block_table [B, max_pages] int32: the cache's tensors are pages.
     """
 
     seqlens: Tensor
     extent: int
     fresh: bool
+    block_table: Tensor | None = None
 
 
 def check_step(cache: tuple[Tensor, ...] | None, step: CacheStep | None) -> None:
@@ -33,6 +36,8 @@ def check_step(cache: tuple[Tensor, ...] | None, step: CacheStep | None) -> None
 
 def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
     """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place and without gradient."""
+    if step.block_table is not None:
+        raise ValueError("step: got a block_table, which grouped-query attention alone takes; pass a plain cache")
     size, new = new.shape[1], new.detach()
     if step.fresh:
         cache[:, :size] = new

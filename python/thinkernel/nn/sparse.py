@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from thinkernel.nn.cache import CacheStep, append_rows, check_step
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
-from thinkernel.nn.rope import rotate
+from thinkernel.nn.rope import rotate_front
 from thinkernel.ops.sparse import indexer_loss, indexer_topk, sparse_attention
 
 
@@ -40,14 +40,12 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(dim, eps=1e-6)
         self.weight_proj = Linear(hidden, heads, bias=False)
 
-    def _rotate_front(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        front, rest = x.split((self.rope_dim, self.dim - self.rope_dim), dim=-1)
-        return torch.cat((rotate(front, rope, interleaved=self.rope_interleaved), rest), dim=-1)
-
     def forward(self, x: Tensor, q_latent: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, hidden], q_latent [B, S, Q] -> q [B, S, Hi, Di], k [B, S, Di], w [B, S, Hi] float32."""
-        q = self._rotate_front(self.q_proj(q_latent).view(*x.shape[:-1], self.heads, self.dim), rope)
-        k = self._rotate_front(self.k_norm(self.k_proj(x)).unsqueeze(-2), rope).squeeze(-2)
+        q = self.q_proj(q_latent).view(*x.shape[:-1], self.heads, self.dim)
+        q = rotate_front(q, rope, interleaved=self.rope_interleaved)
+        k = self.k_norm(self.k_proj(x)).unsqueeze(-2)  # one shared head
+        k = rotate_front(k, rope, interleaved=self.rope_interleaved).squeeze(-2)
         w = self.weight_proj(x).to(torch.promote_types(x.dtype, torch.float32))
         return q, k, w * (self.heads * self.dim) ** -0.5
 

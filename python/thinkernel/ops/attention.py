@@ -18,6 +18,7 @@ from thinkernel.ops.memory import rows_contiguous
 from thinkernel.reference import attention as reference
 
 Window = tuple[int, int]
+UNLIMITED = 2**31 - 1
 
 
 # ---- the raw ops -----------------------------------------------------------------------------------------------
@@ -96,9 +97,13 @@ def _check_forward(
 
 @attention_decode_op.check
 def _check_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, *options: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, sinks: Tensor | None,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, *options: Any,
 ) -> None:
     checks.lengths_and_pages(seqlens, block_table, k_cache, "k_cache")
+    if prefix_k is not None and prefix_table is not None and prefix_length > 0:
+        used = prefix_table[: -(-prefix_length // prefix_k.shape[1])]
+        checks.within("prefix block_table", used, 0, prefix_k.shape[0] - 1, f"prefix k has {prefix_k.shape[0]} pages")
 
 
 @append_kv_op.check
@@ -152,7 +157,9 @@ append_kv_op.kernel("triton")(_append)
 # ---- cpu and triton --------------------------------------------------------------------------------------------
 
 attention_forward.kernel("cpu", backends.cpu_covers)(backends.cpu_forward)
-attention_backward.kernel("cpu", backends.cpu_backward_covers)(backends.cpu_backward)
+attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_covers(q, k, v, *rest))(
+    backends.cpu_backward
+)
 attention_decode_op.kernel("cpu", backends.cpu_decode_covers)(backends.cpu_decode)
 attention_forward.kernel("triton", backends.triton_covers)(backends.triton_forward)
 attention_backward.kernel("triton", lambda dout, dlse, q, k, v, out, lse, *rest: backends.triton_covers(q, k, v, *rest))(
@@ -197,6 +204,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> N
     checks.shape(v_name, v, (*k.shape[:-1], v.shape[-1]), f"{k_name}'s shape up to the last dimension")
     checks.size(k_name, k, -1, q.shape[-1], "q's head dim")
     heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads == 0:
+        raise ValueError(f"q: got 0 heads, takes at least 1; its shape is {list(q.shape)}")
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"{k_name}: got {kv_heads} heads, takes a divisor of q's {heads} heads")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
@@ -204,14 +213,15 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> N
 
 
 def _check_options(
-    q: Tensor, scale: float | None, window: Window | None, chunk: int | None, sinks: Tensor | None,
+    q: Tensor, causal: bool, scale: float | None, window: Window | None, chunk: int | None, sinks: Tensor | None,
     softcap: float | None,
-) -> tuple[float, int, int, int, float]:
-    """-> scale, window_left, window_right, chunk (0: none), softcap (0: none)."""
+) -> tuple[bool, float, int, int, int, float]:
+    """-> causal, scale, window_left, window_right, chunk (0: none), softcap (0: none)."""
+    checks.boolean("causal", causal)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale: got {type(scale).__name__}, takes a number")
+    else:
+        checks.number("scale", scale)
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(f"window: got {window!r}, takes (left, right), −1 for unlimited")
@@ -223,8 +233,10 @@ def _check_options(
     if sinks is not None:
         checks.tensor("sinks", sinks, 1, "[H]")
         checks.shape("sinks", sinks, (q.shape[-2],), "[H]")
-    left, right = (-1, -1) if window is None else window
-    return float(scale), left, right, chunk or 0, float(softcap or 0.0)
+        checks.same_device("q", q, sinks=sinks)
+    # Positions fit in 32 bits: a window or a chunk past that hides no key, and inside the kernels it could overflow.
+    left, right = (-1 if side >= UNLIMITED else side for side in window or (-1, -1))
+    return causal, float(scale), left, right, 0 if chunk is None or chunk >= UNLIMITED else chunk, float(softcap or 0.0)
 
 
 def attention(
@@ -282,28 +294,30 @@ def attention(
         if key_start is not None:
             checks.tensor("key_start", key_start, 1, "[B]", checks.INTEGERS)
             checks.shape("key_start", key_start, (q.shape[0],), "[B]")
-    checks.same_device("q", q, k=k, v=v, sinks=sinks, key_start=key_start, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    scale, left, right, chunk, softcap = _check_options(q, scale, window, chunk, sinks, softcap)
+    checks.same_device("q", q, k=k, v=v, key_start=key_start, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    causal, scale, left, right, chunk, softcap = _check_options(q, causal, scale, window, chunk, sinks, softcap)
     out, lse = attention_forward(
-        q, k, v, sinks, key_start, cu_seqlens_q, cu_seqlens_k, bool(causal), scale, left, right, chunk, softcap
+        q, k, v, sinks, key_start, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, chunk, softcap
     )
     return (out, lse) if return_lse else out
 
 
-def _check_cache(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
+def _check_cache(name: str, x: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
+    """The caches against each other and against the rows of x, the argument called `name`."""
     where = "[B, T, Hkv, D]" if block_table is None else "pages [P, page, Hkv, D]"
     checks.tensor("k_cache", k, 4, where)
     checks.tensor("v_cache", v, 4, where.replace("D", "Dv"))
     checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
-    checks.shape("seqlens", seqlens, (q.shape[0],), "[B]")
+    checks.shape("seqlens", seqlens, (x.shape[0],), "[B]")
     if block_table is None:
-        checks.size("k_cache", k, 0, q.shape[0], "B of q")
+        checks.size("k_cache", k, 0, x.shape[0], f"B of {name}")
     else:
         checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
-        checks.size("block_table", block_table, 0, q.shape[0], "B of q")
+        checks.size("block_table", block_table, 0, x.shape[0], f"B of {name}")
         if k.shape[1] == 0:
             raise ValueError("k_cache: got pages of 0 positions, takes at least 1")
-    checks.same_device("q", q, k_cache=k, v_cache=v, seqlens=seqlens, block_table=block_table)
+    checks.shape("v_cache", v, (*k.shape[:-1], v.shape[-1]), "k_cache's shape up to the last dimension")
+    checks.same_device(name, x, k_cache=k, v_cache=v, seqlens=seqlens, block_table=block_table)
 
 
 def attention_decode(
@@ -337,13 +351,13 @@ def attention_decode(
     Returns [B, Sq, H, Dv]. Not differentiable. Raises ValueError or TypeError naming the argument.
     """
     checks.tensor("q", q, 4, "[B, Sq, H, D]")
-    _check_cache(q, k_cache, v_cache, seqlens, block_table)
+    _check_cache("q", q, k_cache, v_cache, seqlens, block_table)
     _check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
-    scale, left, right, chunk, softcap = _check_options(q, scale, window, chunk, sinks, softcap)
+    causal, scale, left, right, chunk, softcap = _check_options(q, causal, scale, window, chunk, sinks, softcap)
     prefix_k, prefix_v, prefix_length, prefix_table = _check_prefix(prefix, k_cache, v_cache)
     out, lse = attention_decode_op(
         q, rows_contiguous(k_cache), rows_contiguous(v_cache), seqlens, block_table, sinks, prefix_k, prefix_v,
-        prefix_table, prefix_length, bool(causal), scale, left, right, chunk, softcap,
+        prefix_table, prefix_length, causal, scale, left, right, chunk, softcap,
     )
     return (out, lse) if return_lse else out
 
@@ -352,18 +366,29 @@ def _check_prefix(prefix: Any, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor
     if prefix is None:
         return None, None, 0, None
     if not isinstance(prefix, (tuple, list)) or len(prefix) not in (3, 4):
-        raise TypeError("prefix: takes (k, v, length) or (k pages, v pages, length, block_table)")
+        raise TypeError(f"prefix: got {_outline(prefix)}, takes (k, v, length) or (k pages, v pages, length, block_table)")
     k, v, length = prefix[:3]
     table = prefix[3] if len(prefix) == 4 else None
     dims, where = (3, "[Tp, Hkv, D]") if table is None else (4, "[P, page, Hkv, D]")
     for name, x, cache in (("prefix k", k, k_cache), ("prefix v", v, v_cache)):
         checks.tensor(name, x, dims, where)
-        checks.shape(name, x, (*x.shape[:-2], *cache.shape[-2:]), "the cache's heads and head dim")
+        checks.shape(name, x, (*k.shape[:-2], *cache.shape[-2:]), "prefix k's positions, the cache's heads and head dim")
+        checks.same_dtype(name, x, "k_cache", k_cache)
     checks.integer("prefix length", length, 0)
-    room = k.shape[0] if table is None else len(table) * k.shape[1]
+    room = k.shape[0]
+    if table is not None:
+        checks.tensor("prefix block_table", table, 1, "[max_pages]", checks.INTEGERS)
+        if k.shape[1] == 0:
+            raise ValueError("prefix k: got pages of 0 positions, takes at least 1")
+        room = table.shape[0] * k.shape[1]
     if length > room:
         raise ValueError(f"prefix length: got {length}, takes at most the {room} positions given")
+    checks.same_device("k_cache", k_cache, **{"prefix k": k, "prefix v": v, "prefix block_table": table})
     return k, v, length, table
+
+
+def _outline(x: Any) -> str:
+    return f"{len(x)} values" if isinstance(x, (tuple, list)) else type(x).__name__
 
 
 def append_kv(
@@ -378,11 +403,15 @@ def append_kv(
     """Write k_new [B, Sq, Hkv, D] and v_new [B, Sq, Hkv, Dv] into the caches in place, at the end of each sequence.
 
     seqlens [B] int32 **already counts the Sq new keys**: they land at positions seqlens − Sq … seqlens − 1.
-    Caches as in attention_decode. Raises ValueError or TypeError naming the argument.
+    A position before 0 takes nothing, so that a sequence of length 0 takes no part. Caches as in attention_decode; the values
+    are converted to their dtype. Raises ValueError or TypeError naming the argument.
     """
     checks.tensor("k_new", k_new, 4, "[B, Sq, Hkv, D]")
     checks.tensor("v_new", v_new, 4, "[B, Sq, Hkv, Dv]")
-    _check_cache(k_new, k_cache, v_cache, seqlens, block_table)
+    _check_cache("k_new", k_new, k_cache, v_cache, seqlens, block_table)
+    checks.same_device("k_new", k_new, v_new=v_new)
+    checks.writable("k_cache", k_cache)
+    checks.writable("v_cache", v_cache)
     checks.shape("k_new", k_new, (*k_new.shape[:2], *k_cache.shape[2:]), "[B, Sq, Hkv, D] of k_cache")
     checks.shape("v_new", v_new, (*k_new.shape[:2], *v_cache.shape[2:]), "[B, Sq, Hkv, Dv] of v_cache")
     append_kv_op(k_cache, v_cache, k_new, v_new, seqlens, block_table)

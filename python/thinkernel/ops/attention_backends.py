@@ -37,16 +37,15 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_misses(
-    q: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None, window_left: int, window_right: int,
-    chunk: int, softcap: float,
+    q: Tensor, v: Tensor, sinks: Tensor | None, window_left: int, window_right: int, chunk: int, softcap: float
 ) -> str | None:
     if q.dtype not in DTYPE_CODES:
         return f"q: the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return f"q: the C++ kernels take head dims up to 256, not {q.shape[-1]} and {v.shape[-1]}"
     given = {
-        "cu_seqlens_q": cu_seqlens_q is not None, "sinks": sinks is not None, "chunk": chunk > 0,
-        "window": window_left >= 0 or window_right >= 0, "softcap": softcap != 0,
+        "sinks": sinks is not None, "chunk": chunk > 0, "window": window_left >= 0 or window_right >= 0,
+        "softcap": softcap != 0,
     }
     missing = [name for name, is_given in given.items() if is_given and name not in CPU_FEATURES]
     return f"{', '.join(missing)}: not in the C++ kernels yet" if missing else None
@@ -56,15 +55,7 @@ def cpu_covers(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
 ) -> str | None:
-    return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
-
-
-def cpu_backward_covers(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None,
-    key_start: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
-    *mask: Any,
-) -> str | None:
-    return _cpu_misses(q, v, sinks, None, *mask)
+    return _cpu_misses(q, v, sinks, *mask)
 
 
 def _shape_fields(
@@ -127,7 +118,7 @@ def cpu_decode_covers(
 ) -> str | None:
     if prefix_k is not None:
         return "prefix: not in the C++ kernels yet"
-    return _cpu_misses(q, v_cache, sinks, None, *mask)
+    return _cpu_misses(q, v_cache, sinks, *mask)
 
 
 def cpu_decode(
@@ -163,7 +154,7 @@ def triton_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale, cu_seqlens_q=cu_seqlens_q)
+    return kernels.covers(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale=scale)
 
 
 def triton_forward(
@@ -176,7 +167,8 @@ def triton_forward(
     out, lse = _results(q, v)
     kernels.attention_forward(
         q, k, v, out, lse, causal=causal, scale=scale, key_start=_contiguous(key_start, torch.int32),
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return out, lse
 
@@ -195,7 +187,8 @@ def triton_backward(
     kernels.attention_backward(
         q, k, v, out, lse.contiguous(), dout, dq, dk, dv, causal=causal, scale=scale,
         dlse=_contiguous(dlse, torch.float32), key_start=_contiguous(key_start, torch.int32), sinks=wide_sinks,
-        dsinks=dsinks, **mask_keywords(*mask),
+        dsinks=dsinks, cu_seqlens_q=_contiguous(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=_contiguous(cu_seqlens_k, torch.int32), **mask_keywords(*mask),
     )
     return dq, dk, dv, q.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype)
 
@@ -207,7 +200,8 @@ def triton_decode_covers(
 ) -> str | None:
     from thinkernel.kernels import attention as kernels
 
-    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix_k)
+    prefix = () if prefix_k is None or prefix_v is None else (rows_contiguous(prefix_k), rows_contiguous(prefix_v))
+    return kernels.covers(rows_contiguous(q), k_cache, v_cache, scale=scale, prefix=prefix)
 
 
 def triton_decode(
@@ -219,9 +213,12 @@ def triton_decode(
 
     q = rows_contiguous(q)
     out, lse = _results(q, v_cache)
+    prefix = None
+    if prefix_k is not None and prefix_v is not None:
+        prefix = (rows_contiguous(prefix_k), rows_contiguous(prefix_v), prefix_length, _contiguous(prefix_table, torch.int32))
     kernels.attention_decode(
         q, k_cache, v_cache, out, lse, seqlens=seqlens.int().contiguous(),
         block_table=_contiguous(block_table, torch.int32), causal=causal, scale=scale,
-        sinks=_contiguous(sinks, torch.float32), **mask_keywords(*mask),
+        sinks=_contiguous(sinks, torch.float32), prefix=prefix, **mask_keywords(*mask),
     )
     return out, lse

@@ -15,6 +15,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+FLOAT32_MAX, FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 def tensor(name: str, x: Any, dims: int | Sequence[int], shape: str, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
@@ -23,6 +24,8 @@ def tensor(name: str, x: Any, dims: int | Sequence[int], shape: str, dtypes: Seq
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor {shape}")
     if x.dim() not in ((dims,) if isinstance(dims, int) else dims):
         raise ValueError(f"{name}: got shape {list(x.shape)}, takes {shape}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {x.layout}, takes a dense tensor {shape}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {x.dtype}, takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     return x
@@ -56,13 +59,25 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(repr(c) for c in choices)}")
 
 
+def number(name: str, value: Any, what: str = "a finite number") -> float:
+    """A number that float32 can hold: kernels compute in it."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes {what}")
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        raise ValueError(f"{name}: got {value}, takes {what} (at most {FLOAT32_MAX:.2g}, what float32 holds)")
+    return float(value)
+
+
 def positive(name: str, value: float | None, *, none_is_fine: bool = True) -> None:
     if value is None and none_is_fine:
         return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a positive number")
-    if not value > 0 or value == float("inf"):
-        raise ValueError(f"{name}: got {value}, takes a positive number")
+    if number(name, value, "a positive number") < FLOAT32_TINY:
+        raise ValueError(f"{name}: got {value}, takes a positive number (at least {FLOAT32_TINY:.2g}, what float32 holds)")
+
+
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes True or False")
 
 
 def integer(name: str, value: Any, minimum: int) -> None:
@@ -106,6 +121,12 @@ def lengths_and_pages(seqlens: Tensor, block_table: Tensor | None, cache: Tensor
     first = torch.arange(block_table.shape[1], device=seqlens.device) * page_size  # [max_pages]
     used = block_table[first < seqlens[:, None]]
     within("block_table", used, 0, cache.shape[0] - 1, f"the {name} has {cache.shape[0]} pages")
+
+
+def writable(name: str, x: Tensor) -> None:
+    """No two elements of x share memory, as those of an expanded tensor do."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride())):
+        raise ValueError(f"{name}: got an expanded tensor (strides {list(x.stride())}), takes one with memory for every element")
 
 
 def cumulative(name: str, cu_seqlens: Tensor | None, total: int) -> None:

@@ -6,7 +6,7 @@ the float64 reference; its baseline is torch's own op in the same dtype where to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import thinkernel as tk
+from thinkernel.testing.attention import torch_attention, torch_decode
 from thinkernel.testing.inputs import Draw
 
 Inputs = dict[str, Any]
@@ -165,6 +166,98 @@ ATTENTION_FEATURES = [
          lambda draw: dict(q=draw.normal(20, 4, 32), k=draw.normal(20, 2, 32), v=draw.normal(20, 2, 32),
                            cu_seqlens_q=torch.tensor([0, 5, 5, 20], dtype=torch.int32)),
          lambda **x: tk.attention(**x, causal=True, return_lse=True), ("q", "k", "v"), _masked),
+]
+
+
+
+def feature_case(
+    name: str, *sizes: int, lengths: tuple[Sequence[int], Sequence[int]] | None = None, key_start: Sequence[int] | None = None,
+    sinks: bool = False, transposed: bool = False, only_lse: bool = False, **options: Any,
+) -> Case:
+    """One combination of features, forward and backward. sizes: B, S, T, H, Hkv, D (, Dv); lengths: of packed sequences, queries and
+    keys; transposed: views of [B, H, S, D]; only_lse: nothing but the gradient through lse."""
+    offsets = [torch.tensor([0, *some]).cumsum(0).int() for some in lengths or ()]
+
+    def inputs(draw: Draw) -> Inputs:
+        found = qkv(draw, *sizes)
+        if lengths is not None:
+            found = {name: x[0] for name, x in found.items()} | dict(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
+        if key_start is not None:
+            found["key_start"] = torch.tensor(key_start, dtype=torch.int32)
+        return found | ({"sinks": draw.normal(sizes[3])} if sinks else {})
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+        if transposed:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        out, lse = tk.attention(q, k, v, return_lse=True, **options, **more)
+        return lse if only_lse else (out, lse)
+
+    def baseline(**x: Any) -> Any:
+        out, lse = torch_attention(**x, **options, sdpa=False)
+        return lse if only_lse else (out, lse)
+
+    names = ("q", "k") if only_lse else ("q", "k", "v", "sinks") if sinks else ("q", "k", "v")
+    return Case("attention", f"attention/{name}", inputs, run, names, baseline)
+
+
+def decode_case(
+    name: str, *, queries: int = 1, page: int = 0, prefix: int | None = None, prefix_page: int = 0, sinks: bool = False, **options: Any
+) -> Case:
+    """page, prefix_page: 0 is contiguous; prefix: how many keys all sequences share."""
+    B, H, Hkv, D, room = 3, 4, 2, 32, 21
+
+    def inputs(draw: Draw) -> Inputs:
+        pages = -(-room // page) if page else 0
+        shape = (B * pages + 3, page) if page else (B, room)
+        found = dict(
+            q=draw.normal(B, queries, H, D), k_cache=draw.normal(*shape, Hkv, D), v_cache=draw.normal(*shape, Hkv, D),
+            seqlens=torch.tensor([21, queries, 13], dtype=torch.int32),
+        )
+        if page:
+            found["block_table"] = draw.pages(B, pages)
+        if prefix is not None:
+            count = -(-prefix // prefix_page) if prefix_page else 0
+            lead = (count + 3, prefix_page) if prefix_page else (prefix,)
+            found |= dict(prefix_k=draw.normal(*lead, Hkv, D), prefix_v=draw.normal(*lead, Hkv, D))
+            if prefix_page:
+                found["prefix_table"] = draw.pages(1, count)[0]
+        return found | ({"sinks": draw.normal(H)} if sinks else {})
+
+    def called(decode: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+        def run(
+            prefix_k: Tensor | None = None, prefix_v: Tensor | None = None, prefix_table: Tensor | None = None, **inputs: Any
+        ) -> Any:
+            shared = None if prefix_k is None else (prefix_k, prefix_v, prefix, *(() if prefix_table is None else (prefix_table,)))
+            return decode(**inputs, **options, **more, prefix=shared)
+
+        return run
+
+    ours, torchs = called(tk.attention_decode, return_lse=True), called(torch_decode, sdpa=False)
+    return Case("attention", f"attention/{name}", inputs, ours, (), torchs)
+
+
+ATTENTION_FEATURES += [
+    feature_case("window-both-sides", 2, 30, 30, 4, 2, 32, window=(6, 4)),
+    feature_case("window-right", 2, 20, 34, 4, 2, 32, window=(-1, 3)),
+    feature_case("more-queries", 2, 40, 21, 4, 2, 32, causal=True),
+    feature_case("negative-scale", 2, 21, 30, 4, 2, 32, causal=True, scale=-0.2),
+    feature_case("multi-query", 2, 21, 30, 4, 1, 32, causal=True),
+    feature_case("multi-head", 2, 21, 30, 3, 3, 32, causal=True),
+    feature_case("transposed", 2, 21, 30, 4, 2, 32, causal=True, transposed=True),
+    feature_case("lse-gradient", 2, 21, 30, 4, 2, 32, causal=True, only_lse=True),
+    feature_case("d192-dv128-sinks", 1, 19, 30, 8, 2, 192, 128, causal=True, sinks=True),
+    feature_case("gpt-oss", 2, 30, 30, 4, 2, 64, causal=True, sinks=True, window=(11, 0)),
+    feature_case("gemma2", 2, 30, 30, 4, 2, 64, causal=True, softcap=5.0, window=(15, 0)),
+    feature_case("llama4", 2, 30, 30, 4, 2, 32, causal=True, chunk=16, key_start=(0, 5)),
+    feature_case("packed-cross", 1, 33, 44, 4, 2, 32, causal=True, lengths=((9, 0, 1, 23), (20, 3, 12, 9))),
+    feature_case("packed-options", 1, 33, 33, 4, 2, 32, causal=True, sinks=True, softcap=5.0, window=(9, 0), lengths=((9, 1, 23),) * 2),
+    decode_case("decode-speculative", queries=5),
+    decode_case("decode-pages-of-3", queries=2, page=3),
+    decode_case("decode-options", queries=2, page=4, sinks=True, softcap=5.0, window=(9, 0)),
+    decode_case("decode-chunk", queries=2, chunk=8),
+    decode_case("decode-prefix", prefix=40),
+    decode_case("decode-prefix-paged", queries=3, page=4, prefix=37, prefix_page=5),
+    decode_case("decode-prefix-options", queries=2, prefix=33, prefix_page=4, sinks=True, softcap=5.0, window=(30, 0)),
 ]
 
 # ---- mla -------------------------------------------------------------------------------------------------------
