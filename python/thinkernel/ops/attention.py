@@ -157,7 +157,7 @@ append_kv_op.kernel("triton")(_append)
 # ---- cpu and triton --------------------------------------------------------------------------------------------
 
 attention_forward.kernel("cpu", backends.cpu_covers)(backends.cpu_forward)
-attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_backward_covers(q, k, v, *rest))(
+attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_covers(q, k, v, *rest))(
     backends.cpu_backward
 )
 attention_decode_op.kernel("cpu", backends.cpu_decode_covers)(backends.cpu_decode)
