@@ -342,7 +342,8 @@ template <class St> struct Backward {
 
   void by_blocks(const Sequence* order, int64_t count) const {
     const Sizes m = sizes(order, count, false);
-    const int64_t pairs = count * p.kv_heads, wave = least(pairs, most(p.threads, kPackedBytes / m.bytes));
+    const int64_t pairs = count * p.kv_heads;
+    const int64_t wave = least(pairs, most(p.threads, kPackedBytes / most(1, m.bytes)));  // no bytes: nobody sees a key
     const int64_t most_q = G * m.q_blocks;
     Scratch<char> packed(wave * m.bytes);
     Scratch<float> scratch(p.threads * m.local);
@@ -373,12 +374,13 @@ template <class St> struct Backward {
     Scratch<Sequence> order(p.batch);
     int64_t left = 0;  // cost of the sequences still to be given out
     for (int64_t b = 0; b < p.batch; ++b) order[b] = sequence(b), left += order[b].cost;
-    if (p.cu_seqlens_q) qsort(order, p.batch, sizeof(Sequence), heavier);
+    if (p.cu_seqlens_q || p.key_start) qsort(order, p.batch, sizeof(Sequence), heavier);
     // By pairs unless that leaves threads idle for longer than two products more take: pairs handed out heaviest first end
     // no later than whole rounds of the heaviest would, and no later than (threads - 1) / threads of it after an even split.
     int64_t by_block = 0;
     for (; by_block < p.batch; left -= order[by_block++].cost) {
       const double pair = (double)order[by_block].cost, even = (double)left * p.kv_heads / p.threads;
+      if (pair == 0) break;  // only empty sequences from here on
       const double rounds = pair * ceil(even / pair), spread = even + pair * (p.threads - 1) / p.threads;
       if (5 * (rounds < spread ? rounds : spread) <= 7 * even) break;
     }
