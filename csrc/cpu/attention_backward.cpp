@@ -1,37 +1,57 @@
 // Attention, backward: dQ, dK, dV (and dsinks) from the forward's lse, without atomics and without an [S, T] buffer.
 //
 //   P = e^(s - L)          L = lse, or logaddexp(lse, sink): recomputed block by block, as gate e^(s - lse)
-//   dS = P o (dO V^T - D') D'_i = <dO_i, O_i> - dlse_i (a sink's gate g = e^(lse - L) divides dlse), softcap: times 1 - (s/c)^2
+//   dS = P o (dO V^T - <dO_i, O_i> + dlse_i)    a sink's gate e^(lse - L) divides dlse; softcap: times 1 - (s/c)^2
 //   dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,  dsink = -sum_i e^(sink - L_i) <dO_i, O_i>
 //
-// Everything is computed transposed, keys down and queries across, so that L and D' are plain vector loads and P^T, dS^T
+// Everything is computed transposed, keys down and queries across, so that lse and <dO, O> are plain vector loads and P^T, dS^T
 // are left operands as they stand. For bf16 dQ^T = K^T dS^T is accumulated, for which dS^T is written a second time as a
 // right operand: one unpack instruction instead of a transpose.
 //
-// Canonical order: queries are counted from the first one that can see a key and cut into blocks of kQueries, keys from
-// the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over query blocks,
-// ascending; dQ of a query block over key blocks, ascending. How the blocks are spread over threads changes no bits:
-//   many pairs:  one item per (batch, key head) does all of it, five products a block
+// Canonical order: a sequence's queries are counted from the first one that can see a key and cut into blocks of kQueries,
+// its keys from the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over
+// query blocks, ascending; dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
+//   many pairs:  one item per (sequence, key head) does all of it, five products a block
 //   few pairs:   dK, dV by key block, then dQ by query block, seven products, any number of threads
+// Packed sequences of unequal length do both: the longest ones by blocks, then the others by pairs, the long before the short.
 //
 // B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim.
 #include "attention_backward.h"
 #include "attention_kernels.h"
 
+#include <stdlib.h>
+
 namespace tk::TK_ISA {
 namespace {
+
+// A row of the batch, or one of the packed sequences.
+struct Sequence {
+  int64_t b, row;    // index in the batch dimension; of its first query among all rows of lse
+  int64_t q, k;      // where its queries and its keys begin in the tensors
+  int64_t start;     // keys before the first valid one
+  int64_t S, n;      // queries, valid keys
+  int64_t first;     // the first query that sees a key; those before it get zero gradients
+  int64_t q_blocks, k_blocks;
+  int64_t cost;      // (query, key) pairs it computes for a head, and something for the rows themselves
+};
+
+int heavier(const void* a, const void* b) {
+  const Sequence *x = (const Sequence*)a, *y = (const Sequence*)b;
+  if (x->cost != y->cost) return x->cost > y->cost ? -1 : 1;
+  return x->row < y->row ? -1 : x->row > y->row;
+}
 
 template <class St> struct Backward {
   using T = Compute<St>;
   using Mm = Gemm<T>;
   using Block = GradBlock<T>;
   static constexpr int64_t kQueries = Block::kQueries, kKeys = Block::kKeys, kGroup = Block::kGroup;
+  static constexpr int64_t kGroups = kQueries / kGroup;
+  static constexpr int64_t kTogether = 2;  // key blocks a query block passes over while it is in L2
   static constexpr int64_t kPackedBytes = 512 << 20;  // packed operands held at a time
 
   const AttentionBackwardParams& p;
-  const int64_t S, T_, D, Dv, G;
-  const int64_t q_blocks = (S + kQueries - 1) / kQueries, k_blocks = (T_ + kKeys - 1) / kKeys;
-  const int64_t rows = q_blocks * kQueries;
+  const int64_t D, Dv, G;
   const int64_t ldk = round_up(D, Mm::NR), ldv = round_up(Dv, Mm::NR);
   const int64_t dq_size = Block::dq_size(D);
   // elements of the packed forms of a block: queries across, queries down (the same for dO); keys down, and K for dQ
@@ -40,79 +60,124 @@ template <class St> struct Backward {
   const int64_t q_size = q_across + q_down + o_across + o_down;
   const int64_t k_down = Mm::size_a(kKeys, D), v_down = Mm::size_a(kKeys, Dv);
   const int64_t k_size = k_down + v_down + Block::key_size(D);
+  const int64_t sum_size = kTogether * kKeys * (ldk + ldv);
   const Transform transform{p};
 
   explicit Backward(const AttentionBackwardParams& params)
-      : p(params), S(p.q_len), T_(p.k_len), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0) {}
+      : p(params), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0) {}
 
-  int64_t start(int64_t b) const { return p.key_start ? p.key_start[b] : 0; }
-  // The first query that can see a key; queries before it get zero gradients, blocks are counted from it.
-  int64_t first_query(int64_t b) const {
-    const int64_t n = T_ - start(b);
-    if (p.causal) return least(S, most(0, S - n));
-    return p.window_right >= 0 ? least(S, most(0, S - n - p.window_right)) : 0;
+  // ---- sequences and the blocks of theirs that see each other
+
+  Sequence sequence(int64_t b) const {
+    Sequence x{b, b * p.q_len, 0, 0, 0, p.q_len, p.k_len, 0, 0, 0, 0};
+    if (p.cu_seqlens_q) {
+      x.row = x.q = p.cu_seqlens_q[b], x.k = p.cu_seqlens_k[b];
+      x.S = p.cu_seqlens_q[b + 1] - x.q, x.n = p.cu_seqlens_k[b + 1] - x.k;
+    } else if (p.key_start) {
+      x.start = p.key_start[b], x.n -= x.start;
+    }
+    if (p.causal) x.first = least(x.S, most(0, x.S - x.n));
+    else if (p.window_right >= 0) x.first = least(x.S, most(0, x.S - x.n - p.window_right));
+    x.q_blocks = (x.S - x.first + kQueries - 1) / kQueries, x.k_blocks = (x.n + kKeys - 1) / kKeys;
+    x.cost = 64 * (x.S + x.n);
+    for (int64_t qb = 0; qb < x.q_blocks; ++qb) {
+      const Range seen = hull(x, qb);
+      x.cost += queries(x, qb) * (seen.hi - seen.lo);
+    }
+    return x;
+  }
+  int64_t queries(const Sequence& x, int64_t qb) const { return least(kQueries, x.S - x.first - qb * kQueries); }
+  // Both ends of what a query sees rise from query to query.
+  Range hull(const Sequence& x, int64_t qb) const {
+    const int64_t i = x.first + qb * kQueries + x.n - x.S;
+    return {visible_keys(p, i, x.n).lo, visible_keys(p, i + queries(x, qb) - 1, x.n).hi};
+  }
+  Range key_blocks_seen(const Sequence& x, int64_t qb) const {
+    const Range seen = hull(x, qb);
+    return {seen.lo / kKeys, (seen.hi + kKeys - 1) / kKeys};
+  }
+  Range query_blocks(const Sequence& x, int64_t kb) const {
+    const auto first = [&](int64_t a, const auto& holds) {
+      for (int64_t b = x.q_blocks; a < b;) {
+        const int64_t middle = (a + b) / 2;
+        if (holds(key_blocks_seen(x, middle))) b = middle;
+        else a = middle + 1;
+      }
+      return a;
+    };
+    const int64_t lo = first(0, [&](Range seen) { return seen.hi > kb; });
+    return {lo, first(lo, [&](Range seen) { return seen.lo > kb; })};
   }
 
-  // What one (batch, key head) pair holds while it is worked on.
+  // What one (sequence, key head) pair holds while it is worked on.
   struct Pair {
-    T* q;          // [G, q_blocks] of q_size
-    T* k;          // [k_blocks] of k_size
-    float* logit;  // [G, rows] lse, as Grad<T> wants it
-    float* delta;  // [G, rows]
-    float* gate;   // [G, rows]
+    const Sequence& s;
+    int64_t head;      // key head
+    int64_t rows;      // q_blocks * kQueries
+    T* q;              // [G, q_blocks] of q_size
+    T* k;              // [k_blocks] of k_size
+    float* logit;      // [G, rows] lse, as Grad<T> wants it
+    float* dot;        // [G, rows] <dO, O>
+    float* dlse;       // [G, rows]
+    float* gate;       // [G, rows]
     QueryRanges seen;  // [rows], and per kGroup of them
   };
-  int64_t pair_bytes() const {
-    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 3 * G * rows * 4 +
+  int64_t pair_bytes(int64_t q_blocks, int64_t k_blocks) const {
+    const int64_t rows = q_blocks * kQueries;
+    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 4 * G * rows * 4 +
                     QueryRanges::floats(rows, kGroup) * 4, 4096);
   }
-  Pair pair_at(char* base) const {
-    Pair x;
-    x.q = (T*)base;
-    x.k = x.q + G * q_blocks * q_size;
-    x.logit = (float*)(x.k + k_blocks * k_size);
-    x.delta = x.logit + G * rows;
-    x.gate = x.delta + G * rows;
+  Pair pair_at(const Sequence* order, int64_t pair, char* base) const {
+    const Sequence& s = order[pair / p.kv_heads];
+    const int64_t rows = s.q_blocks * kQueries;
+    T* q = (T*)base;
+    T* k = q + G * s.q_blocks * q_size;
+    float* logit = (float*)(k + s.k_blocks * k_size);
+    Pair x{s, pair % p.kv_heads, rows, q, k, logit, logit + G * rows, logit + 2 * G * rows, logit + 3 * G * rows, {}};
     x.seen.place((int32_t*)(x.gate + G * rows), rows, kGroup);
     return x;
   }
 
   // ---- preparation
 
-  void prepare_queries(int64_t pair, int64_t g, int64_t block, const Pair& x) const {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads * G + g;
-    const int64_t i0 = first_query(b) + block * kQueries, count = most(0, least(kQueries, S - i0)), n = T_ - start(b);
-    float* logit = x.logit + g * rows + block * kQueries;
-    float* delta = x.delta + g * rows + block * kQueries;
-    float* gate = x.gate + g * rows + block * kQueries;
-    for (int64_t r = 0; r < kQueries; ++r) {
-      logit[r] = delta[r] = gate[r] = 0.0f;
-      if (r >= count) continue;
-      const int64_t i = i0 + r, row = (b * S + i) * p.heads + h;
-      const float lse = p.lse[row], dlse = p.dlse ? p.dlse[row] : 0.0f;
-      if (lse == -INFINITY) continue;
-      const float dot = dot_row(at<St>(p.dout, p.dout_stride, b, i, h), at<St>(p.out, p.out_stride, b, i, h), Dv);
-      const float ungate = p.sinks ? 1.0f + expf(p.sinks[h] - lse) : 1.0f;  // 1 / gate = e^(L - lse)
-      logit[r] = Grad<T>::logit(lse);
-      gate[r] = 1.0f / ungate;
-      delta[r] = dot - (dlse == 0.0f ? 0.0f : dlse * ungate);
-    }
-    if (g == 0) x.seen.fill(p, block * kQueries, kQueries, count, i0 + T_ - S - start(b), n, kGroup);
-    if (count == 0) return;
-    T* q = x.q + (g * q_blocks + block) * q_size;
-    const St* src = at<St>(p.q, p.q_stride, b, i0, h);
+  void prepare_queries(const Pair& x, int64_t g, int64_t block) const {
+    const int64_t h = x.head * G + g, b = x.s.b, i0 = x.s.first + block * kQueries, count = queries(x.s, block);
+    if (g == 0) x.seen.fill(p, block * kQueries, count, i0 + x.s.n - x.s.S, x.s.n, kGroup);
+    T* q = x.q + (g * x.s.q_blocks + block) * q_size;
+    const St* src = at<St>(p.q, p.q_stride, b, x.s.q + i0, h);
     Mm::pack_b(src, p.q_stride[1], count, D, q);
     clear_b(q, count, D);
     Mm::pack_b_t(src, p.q_stride[1], D, count, q + q_across);
-    src = at<St>(p.dout, p.dout_stride, b, i0, h);
+    src = at<St>(p.dout, p.dout_stride, b, x.s.q + i0, h);
     Mm::pack_b(src, p.dout_stride[1], count, Dv, q + q_across + q_down);
     clear_b(q + q_across + q_down, count, Dv);
     Mm::pack_b_t(src, p.dout_stride[1], Dv, count, q + q_across + q_down + o_across);
+
+    const int64_t offset = g * x.rows + block * kQueries;
+    float *logit = x.logit + offset, *dot = x.dot + offset, *dlse = x.dlse + offset, *gate = x.gate + offset;
+    int32_t one_key[kQueries] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const Range seen = visible_keys(p, i0 + r + x.s.n - x.s.S, x.s.n);
+      one_key[r] = -(seen.hi - seen.lo == 1);
+    }
+    Block::dots(q + q_across + q_down, at<St>(p.out, p.out_stride, b, x.s.q + i0, h), p.out_stride[1], count, Dv,
+                one_key, dot);
+    for (int64_t r = 0; r < round_up(count, kGroup); ++r) {
+      const int64_t row = (x.s.row + i0 + r) * p.heads + h;
+      const float lse = r < count ? p.lse[row] : -INFINITY;
+      if (lse == -INFINITY) {
+        logit[r] = dot[r] = dlse[r] = gate[r] = 0.0f;
+        continue;
+      }
+      logit[r] = Grad<T>::logit(lse);
+      gate[r] = p.sinks ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
+      dlse[r] = p.dlse ? p.dlse[row] : 0.0f;
+    }
   }
-  // Panels past `count` columns of a block's right operand: zeros.
+  // Panels past `count` columns of a block's right operand, as far as its last group reaches: zeros.
   void clear_b(T* packed, int64_t count, int64_t K) const {
     const int64_t used = Mm::size_b(count, K);
-    memset((void*)(packed + used), 0, (Mm::size_b(kQueries, K) - used) * sizeof(T));
+    memset((void*)(packed + used), 0, (Mm::size_b(round_up(count, kGroup), K) - used) * sizeof(T));
   }
   static float dot_row(const St* a, const St* b, int64_t n) {
     vf sum = zero();
@@ -120,10 +185,8 @@ template <class St> struct Backward {
     return reduce_add(sum);
   }
 
-  void prepare_keys(int64_t pair, int64_t block, const Pair& x) const {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads, j = start(b) + block * kKeys;
-    const int64_t keys = least(kKeys, T_ - j);
-    if (keys <= 0) return;
+  void prepare_keys(const Pair& x, int64_t block) const {
+    const int64_t b = x.s.b, h = x.head, j = x.s.k + x.s.start + block * kKeys, keys = least(kKeys, x.s.n - block * kKeys);
     T* k = x.k + block * k_size;
     const St* src = at<St>(p.k, p.k_stride, b, j, h);
     Mm::pack_a(src, p.k_stride[1], keys, D, k);
@@ -133,43 +196,42 @@ template <class St> struct Backward {
 
   // ---- one block of queries against one block of keys
 
-  void block(int64_t pair, const Pair& x, int64_t g, int64_t qb, int64_t kb, Block& scratch, float* dk, float* dv,
-             float* dq, bool* dq_started) const {
-    const int64_t n = T_ - start(pair / p.kv_heads), S0 = first_query(pair / p.kv_heads);
+  void block(const Pair& x, int64_t g, int64_t qb, int64_t kb, Block& scratch, float* dk, float* dv, float* dq,
+             bool* dq_started) const {
     BlockOperands<T> o;
-    o.keys = least(kKeys, n - kb * kKeys);
-    o.queries = least(kQueries, S - S0 - qb * kQueries);
-    if (o.keys <= 0 || o.queries <= 0) return;
+    o.keys = least(kKeys, x.s.n - kb * kKeys);
+    o.queries = queries(x.s, qb);
     o.D = D, o.Dv = Dv, o.ldk = ldk, o.ldv = ldv;
     o.first_key = kb * kKeys;
-    o.q_across = x.q + (g * q_blocks + qb) * q_size;
+    o.q_across = x.q + (g * x.s.q_blocks + qb) * q_size;
     o.q_down = o.q_across + q_across;
     o.o_across = o.q_down + q_down;
     o.o_down = o.o_across + o_across;
     o.k_down = x.k + kb * k_size;
     o.v_down = o.k_down + k_down;
     o.key = o.v_down + v_down;
-    o.logit = x.logit + g * rows + qb * kQueries;
-    o.delta = x.delta + g * rows + qb * kQueries;
-    o.gate = p.sinks ? x.gate + g * rows + qb * kQueries : nullptr;
+    o.logit = x.logit + g * x.rows + qb * kQueries;
+    o.dot = x.dot + g * x.rows + qb * kQueries;
+    o.dlse = p.dlse ? x.dlse + g * x.rows + qb * kQueries : nullptr;
+    o.gate = p.sinks ? x.gate + g * x.rows + qb * kQueries : nullptr;
     o.seen = x.seen.from(qb * kQueries, kGroup);
     scratch.run(transform, o, dk, dv, dq, dq_started);
   }
 
   // ---- results
 
-  void write_keys(int64_t pair, int64_t kb, const float* dk, const float* dv) const {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads, j0 = start(b) + kb * kKeys;
-    for (int64_t r = 0; r < least(kKeys, T_ - j0); ++r) {
-      write_row(dk + r * ldk, p.scale, D, at<St>(p.dk, p.dk_stride, b, j0 + r, h));
-      write_row(dv + r * ldv, 1.0f, Dv, at<St>(p.dv, p.dv_stride, b, j0 + r, h));
+  void write_keys(const Pair& x, int64_t kb, const float* dk, const float* dv) const {
+    const int64_t j0 = x.s.k + x.s.start + kb * kKeys;
+    for (int64_t r = 0; r < least(kKeys, x.s.n - kb * kKeys); ++r) {
+      write_row(dk + r * ldk, p.scale, D, at<St>(p.dk, p.dk_stride, x.s.b, j0 + r, x.head));
+      write_row(dv + r * ldv, 1.0f, Dv, at<St>(p.dv, p.dv_stride, x.s.b, j0 + r, x.head));
     }
   }
-  void write_queries(int64_t pair, int64_t g, int64_t qb, const float* dq, bool started, Block& scratch) const {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads * G + g, i0 = first_query(b) + qb * kQueries;
-    for (int64_t r = 0; r < least(kQueries, S - i0); ++r) {
-      St* out = at<St>(p.dq, p.dq_stride, b, i0 + r, h);
-      if (started) write_row(scratch.dq_row(dq, r, D), p.scale, D, out);
+  void write_queries(const Pair& x, int64_t g, int64_t qb, const float* dq, const bool* started, Block& scratch) const {
+    const int64_t i0 = x.s.q + x.s.first + qb * kQueries;
+    for (int64_t r = 0; r < queries(x.s, qb); ++r) {
+      St* out = at<St>(p.dq, p.dq_stride, x.s.b, i0 + r, x.head * G + g);
+      if (started[r / kGroup]) write_row(scratch.dq_row(dq, r, D), p.scale, D, out);
       else memset((void*)out, 0, D * sizeof(St));
     }
   }
@@ -177,102 +239,151 @@ template <class St> struct Backward {
     for (int64_t d = 0; d < n; d += W) store_n(out + d, load(x + d) * factor, (int)(n - d));
   }
   // Queries before the first that sees a key, and keys before the first valid one.
-  void write_blanks(int64_t pair) const {
-    const int64_t b = pair / p.kv_heads, kv = pair % p.kv_heads;
-    for (int64_t j = 0; j < start(b); ++j) {
-      memset((void*)at<St>(p.dk, p.dk_stride, b, j, kv), 0, D * sizeof(St));
-      memset((void*)at<St>(p.dv, p.dv_stride, b, j, kv), 0, Dv * sizeof(St));
+  void write_blanks(const Pair& x) const {
+    for (int64_t j = x.s.k; j < x.s.k + x.s.start; ++j) {
+      memset((void*)at<St>(p.dk, p.dk_stride, x.s.b, j, x.head), 0, D * sizeof(St));
+      memset((void*)at<St>(p.dv, p.dv_stride, x.s.b, j, x.head), 0, Dv * sizeof(St));
     }
-    for (int64_t i = 0; i < first_query(b); ++i)
-      for (int64_t g = 0; g < G; ++g) memset((void*)at<St>(p.dq, p.dq_stride, b, i, kv * G + g), 0, D * sizeof(St));
+    for (int64_t i = x.s.q; i < x.s.q + x.s.first; ++i)
+      for (int64_t g = 0; g < G; ++g) memset((void*)at<St>(p.dq, p.dq_stride, x.s.b, i, x.head * G + g), 0, D * sizeof(St));
   }
   void write_dsinks() const {
     parallel_for(p.threads, p.heads, [&](int64_t h, int) {
-      float total = 0.0f;
+      double total = 0.0;  // a chain of float additions loses digits
       for (int64_t b = 0; b < p.batch; ++b) {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < S; ++i) {
-          const float lse = p.lse[(b * S + i) * p.heads + h];
+        const Sequence x = sequence(b);
+        double sum = 0.0;
+        for (int64_t i = 0; i < x.S; ++i) {
+          const float lse = p.lse[(x.row + i) * p.heads + h];
           if (lse == -INFINITY) continue;
-          const float dot = dot_row(at<St>(p.dout, p.dout_stride, b, i, h), at<St>(p.out, p.out_stride, b, i, h), Dv);
+          const float dot =
+              dot_row(at<St>(p.dout, p.dout_stride, b, x.q + i, h), at<St>(p.out, p.out_stride, b, x.q + i, h), Dv);
           sum -= dot / (1.0f + expf(lse - p.sinks[h]));
         }
         total += sum;
       }
-      p.dsinks[h] = total;
+      p.dsinks[h] = (float)total;
     });
   }
 
   // ---- items
 
-  // Scratch of one thread: the block's, then dK and dV of a key block, then dQ.
-  void key_block(int64_t pair, const Pair& x, int64_t kb, Block& scratch, float* sums, float* dq, bool* dq_started) const {
-    float* dk = sums;
-    float* dv = sums + kKeys * ldk;
-    memset(sums, 0, kKeys * (ldk + ldv) * sizeof(float));
+  void prepare(const Pair& x, int64_t step) const {
+    const int64_t j = step - x.s.k_blocks - 1;
+    if (step < x.s.k_blocks) prepare_keys(x, step);
+    else if (j < 0) write_blanks(x);
+    else if (j < G * x.s.q_blocks) prepare_queries(x, j / x.s.q_blocks, j % x.s.q_blocks);
+  }
+  // dK and dV of `count` neighbouring key blocks, and what they add to dQ. sums: [kTogether] of dK and dV.
+  void key_blocks(const Pair& x, int64_t kb, int64_t count, Block& scratch, float* sums, float* dq, bool* dq_started) const {
+    Range seen[kTogether];
+    float *dk[kTogether], *dv[kTogether];
+    for (int64_t u = 0; u < count; ++u) {
+      const int64_t rows = round_up(least(kKeys, x.s.n - (kb + u) * kKeys), Block::kPanel);
+      seen[u] = query_blocks(x.s, kb + u);
+      dk[u] = sums + u * kKeys * (ldk + ldv), dv[u] = dk[u] + kKeys * ldk;
+      memset(dk[u], 0, rows * ldk * sizeof(float));
+      memset(dv[u], 0, rows * ldv * sizeof(float));
+    }
     for (int64_t g = 0; g < G; ++g)
-      for (int64_t qb = 0; qb < q_blocks; ++qb) {
-        const int64_t at_dq = g * q_blocks + qb;
-        block(pair, x, g, qb, kb, scratch, dk, dv, dq ? dq + at_dq * dq_size : nullptr, dq ? dq_started + at_dq : nullptr);
+      for (int64_t qb = seen[0].lo; qb < seen[count - 1].hi; ++qb) {
+        const int64_t at_dq = g * x.s.q_blocks + qb;
+        for (int64_t u = 0; u < count; ++u)
+          if (seen[u].lo <= qb && qb < seen[u].hi)
+            block(x, g, qb, kb + u, scratch, dk[u], dv[u], dq ? dq + at_dq * dq_size : nullptr,
+                  dq ? dq_started + at_dq * kGroups : nullptr);
       }
-    write_keys(pair, kb, dk, dv);
+    for (int64_t u = 0; u < count; ++u) write_keys(x, kb + u, dk[u], dv[u]);
+  }
+  void query_block(const Pair& x, int64_t g, int64_t qb, Block& scratch, float* dq) const {
+    bool started[kGroups] = {};
+    const Range seen = key_blocks_seen(x.s, qb);
+    for (int64_t kb = seen.lo; kb < seen.hi; ++kb) block(x, g, qb, kb, scratch, nullptr, nullptr, dq, started);
+    write_queries(x, g, qb, dq, started, scratch);
+  }
+
+  // Memory for pairs of sequences order[0 .. count): the packed operands of one, and what a thread needs, which is the
+  // block's scratch, dK and dV of kTogether key blocks, dQ of `dq_blocks` query blocks, and which groups of it have begun.
+  struct Sizes {
+    int64_t q_blocks = 0, k_blocks = 0, bytes = 0, dq_blocks = 1, local = 0;
+  };
+  Sizes sizes(const Sequence* order, int64_t count, bool one_pass) const {
+    Sizes m;
+    for (int64_t i = 0; i < count; ++i) {
+      m.q_blocks = most(m.q_blocks, order[i].q_blocks), m.k_blocks = most(m.k_blocks, order[i].k_blocks);
+      m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks));
+    }
+    if (one_pass) m.dq_blocks = G * m.q_blocks;
+    m.local = round_up(Block::floats() + sum_size + m.dq_blocks * dq_size + m.dq_blocks * kGroups / 4 + 1, 1024);
+    return m;
+  }
+
+  // A pair is packed by the thread that needs it, into memory still in its cache from the pair before.
+  void by_pairs(const Sequence* order, int64_t count) const {
+    const Sizes m = sizes(order, count, true);
+    const int64_t threads = least(p.threads, count * p.kv_heads);
+    Scratch<char> packed(threads * m.bytes);
+    Scratch<float> scratch(threads * m.local);
+    parallel_for(p.threads, count * p.kv_heads, [&](int64_t item, int thread) {
+      const Pair x = pair_at(order, item, packed + thread * m.bytes);
+      float* base = scratch + thread * m.local;
+      Block block(base);
+      float *sums = base + Block::floats(), *dq = sums + sum_size;
+      bool* started = (bool*)(dq + m.dq_blocks * dq_size);
+      const int64_t dq_blocks = G * x.s.q_blocks;
+      memset(started, 0, dq_blocks * kGroups);
+      for (int64_t step = 0; step < x.s.k_blocks + 1 + dq_blocks; ++step) prepare(x, step);
+      for (int64_t kb = 0; kb < x.s.k_blocks; kb += kTogether)
+        key_blocks(x, kb, least(kTogether, x.s.k_blocks - kb), block, sums, dq, started);
+      for (int64_t j = 0; j < dq_blocks; ++j)
+        write_queries(x, j / x.s.q_blocks, j % x.s.q_blocks, dq + j * dq_size, started + j * kGroups, block);
+    });
+  }
+
+  void by_blocks(const Sequence* order, int64_t count) const {
+    const Sizes m = sizes(order, count, false);
+    const int64_t pairs = count * p.kv_heads, wave = least(pairs, most(p.threads, kPackedBytes / m.bytes));
+    const int64_t most_q = G * m.q_blocks;
+    Scratch<char> packed(wave * m.bytes);
+    Scratch<float> scratch(p.threads * m.local);
+    for (int64_t done = 0; done < pairs; done += wave) {
+      const int64_t here = least(wave, pairs - done), steps = m.k_blocks + 1 + most_q;
+      parallel_for(p.threads, here * steps, [&](int64_t item, int) {
+        prepare(pair_at(order, done + item / steps, packed + item / steps * m.bytes), item % steps);
+      });
+      // Under a causal mask the first key blocks and the last query blocks are the heavy ones: those first.
+      parallel_for(p.threads, here * (m.k_blocks + most_q), [&](int64_t item, int thread) {
+        const Pair x = pair_at(order, done + item % here, packed + item % here * m.bytes);
+        float* base = scratch + thread * m.local;
+        Block block(base);
+        float *sums = base + Block::floats(), *dq = sums + sum_size;
+        const int64_t kb = item / here, j = most_q - 1 - (kb - m.k_blocks);
+        if (kb < m.k_blocks) {
+          if (kb < x.s.k_blocks) key_blocks(x, kb, 1, block, sums, nullptr, nullptr);
+        } else if (j / G < x.s.q_blocks) {
+          query_block(x, j % G, j / G, block, dq);
+        }
+      });
+    }
   }
 
   void run() const {
-    const int64_t pairs = p.batch * p.kv_heads;
     if (p.sinks) write_dsinks();
-    if (pairs == 0 || G == 0) return;
-    const int64_t threads = p.threads;
-    const bool one_pass = (pairs + threads - 1) / threads * 5 * threads <= pairs * 7;
-    const int64_t bytes = pair_bytes(), sums = kKeys * (ldk + ldv), dq_blocks = one_pass ? G * q_blocks : 1;
-    const int64_t local = round_up(Block::floats() + sums + dq_blocks * dq_size + dq_blocks / 4 + 1, 1024);
-    // In one pass a pair is packed by the thread that needs it, into memory still in its cache from the pair before.
-    const int64_t wave = one_pass ? threads : least(pairs, most(threads, kPackedBytes / bytes));
-    const int64_t steps = G * q_blocks + k_blocks + 1;
-    Scratch<char> packed(wave * bytes);
-    Scratch<float> scratch(threads * local);
-    const auto prepare = [&](int64_t pair, int64_t step, const Pair& x) {
-      if (step < k_blocks) prepare_keys(pair, step, x);
-      else if (step == k_blocks) write_blanks(pair);
-      else prepare_queries(pair, (step - k_blocks - 1) / q_blocks, (step - k_blocks - 1) % q_blocks, x);
-    };
-    const auto with = [&](int64_t pair, const Pair& x, int thread, const auto& body) {
-      float* base = scratch + thread * local;
-      Block block(base);
-      float* sum = base + Block::floats();
-      float* dq = sum + sums;
-      body(pair, x, block, sum, dq, (bool*)(dq + dq_blocks * dq_size));
-    };
-    if (one_pass)
-      return parallel_for(p.threads, pairs, [&](int64_t i, int thread) {
-        const Pair at = pair_at(packed + thread * bytes);
-        for (int64_t step = 0; step < steps; ++step) prepare(i, step, at);
-        with(i, at, thread, [&](int64_t pair, const Pair& x, Block& block, float* sum, float* dq, bool* started) {
-          memset(started, 0, dq_blocks);
-          for (int64_t kb = 0; kb < k_blocks; ++kb) key_block(pair, x, kb, block, sum, dq, started);
-          for (int64_t j = 0; j < dq_blocks; ++j)
-            write_queries(pair, j / q_blocks, j % q_blocks, dq + j * dq_size, started[j], block);
-        });
-      });
-    for (int64_t done = 0; done < pairs; done += wave) {
-      const int64_t here = least(wave, pairs - done);
-      parallel_for(p.threads, here * steps, [&](int64_t item, int) {
-        prepare(done + item / steps, item % steps, pair_at(packed + item / steps * bytes));
-      });
-      parallel_for(p.threads, here * (k_blocks + G * q_blocks), [&](int64_t item, int thread) {
-        const int64_t i = item % here;
-        with(done + i, pair_at(packed + i * bytes), thread,
-             [&](int64_t pair, const Pair& x, Block& block_, float* sum, float* dq, bool* started) {
-               const int64_t step = item / here;
-               if (step < k_blocks) return key_block(pair, x, step, block_, sum, nullptr, nullptr);
-               const int64_t j = step - k_blocks;
-               *started = false;
-               for (int64_t kb = 0; kb < k_blocks; ++kb)
-                 block(pair, x, j / q_blocks, j % q_blocks, kb, block_, nullptr, nullptr, dq, started);
-               write_queries(pair, j / q_blocks, j % q_blocks, dq, *started, block_);
-             });
-      });
+    if (p.batch == 0 || G == 0) return;
+    Scratch<Sequence> order(p.batch);
+    int64_t left = 0;  // cost of the sequences still to be given out
+    for (int64_t b = 0; b < p.batch; ++b) order[b] = sequence(b), left += order[b].cost;
+    if (p.cu_seqlens_q) qsort(order, p.batch, sizeof(Sequence), heavier);
+    // By pairs unless that leaves threads idle for longer than two products more take: pairs handed out heaviest first end
+    // no later than whole rounds of the heaviest would, and no later than (threads - 1) / threads of it after an even split.
+    int64_t by_block = 0;
+    for (; by_block < p.batch; left -= order[by_block++].cost) {
+      const double pair = (double)order[by_block].cost, even = (double)left * p.kv_heads / p.threads;
+      const double rounds = pair * ceil(even / pair), spread = even + pair * (p.threads - 1) / p.threads;
+      if (5 * (rounds < spread ? rounds : spread) <= 7 * even) break;
     }
+    if (by_block) by_blocks(order, by_block);
+    if (by_block < p.batch) by_pairs(order + by_block, p.batch - by_block);
   }
 };
 

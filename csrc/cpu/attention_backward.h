@@ -1,6 +1,6 @@
 // One block of queries against one block of keys in attention's backward: five products and the elementwise middle.
 //
-//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = gate e^(scale S^T - lse), dS^T = P^T (dP^T - D'), then
+//   GradBlock<T>::run: S^T = K Q^T, dP^T = V dO^T, P^T = gate e^(scale S^T - lse), dS^T = P^T (dP^T - <dO, O> + dlse), then
 //   dV += P^T dO, dK += dS^T Q, dQ += (dS^T)^T K, by panels of kPanel keys and groups of kGroup queries.
 // Panels and groups that see nothing of each other are skipped; what they would add is zero.
 #pragma once
@@ -25,9 +25,9 @@ struct QueryRanges {
     const int64_t g = q / group;
     return {lo + q, hi + q, hull_lo + g, hull_hi + g, core_lo + g, core_hi + g};
   }
-  // Queries [at, at + size), of which `count` exist, the first at `position`; n keys.
-  void fill(const AttentionShape& s, int64_t at, int64_t size, int64_t count, int64_t position, int64_t n, int64_t group) const {
-    for (int64_t first = at; first < at + size; first += group) {
+  // Whole groups of queries from `at` on, of which `count` exist, the first at `position`; n keys.
+  void fill(const AttentionShape& s, int64_t at, int64_t count, int64_t position, int64_t n, int64_t group) const {
+    for (int64_t first = at; first < at + count; first += group) {
       const int64_t g = first / group;
       hull_lo[g] = (int32_t)n, hull_hi[g] = 0, core_lo[g] = 0, core_hi[g] = (int32_t)n;
       for (int64_t i = first; i < first + group; ++i) {
@@ -52,8 +52,8 @@ template <class T> struct BlockOperands {
   const T *o_across, *o_down;  // [Dv, queries], [queries, Dv] right operands: dO
   const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
   const T* key;                // K for dQ
-  const float *logit, *delta;  // [queries] lse (times log2(e) for bf16), D'
-  const float* gate;           // [queries] what a sink leaves of a row; null without sinks
+  const float *logit, *dot;    // [queries] lse (times log2(e) for bf16), <dO, O>
+  const float *dlse, *gate;    // [queries] gradient of lse; what a sink leaves of a row; null where there are none
   QueryRanges seen;
 };
 
@@ -65,8 +65,9 @@ template <class T> struct Grad {
   vf c;
   explicit Grad(const Transform& transform) : f(transform), c(splat(natural ? transform.factor : transform.c)) {}
   static float logit(float lse) { return natural ? lse : lse * kLog2e; }
-  // gate: multiplied onto p, if there is one (rather than into lse, which would be rounded once more).
-  void operator()(vf s, vf dp, vf l, vf delta, const vf* gate, vf* p, vf* ds) const {
+  // gate, if there is one, is multiplied onto p (rather than into lse, which would be rounded once more); dlse, if there is
+  // one, knows nothing of it, and joins after dp - dot, which may cancel.
+  void operator()(vf s, vf dp, vf l, vf dot, const vf* dlse, const vf* gate, vf* p, vf* ds) const {
     vf slope = splat(1.0f);
     if (!f.plain) {
       s = s * f.inner;
@@ -78,8 +79,10 @@ template <class T> struct Grad {
     }
     const vf t = fma(s, c, -l);
     *p = natural ? exp(t) : exp2_fast(t);
+    const vf plain_p = *p;
     if (gate) *p = *p * *gate;
-    *ds = *p * (dp - delta);
+    *ds = *p * (dp - dot);
+    if (dlse) *ds = fma(plain_p, *dlse, *ds);
     if (!f.plain) *ds = *ds * slope;
   }
 };
@@ -115,9 +118,35 @@ template <> struct GradBlock<float> {
   }
   const float* dq_row(const float* dq, int64_t r, int64_t D) const { return dq + r * round_up(D, Mm::NR); }
 
+  // <dO_i, O_i> of the rows packed across in dout, over eight interleaved sums: where dP and this nearly cancel, a chain's
+  // rounding would show. A row that sees one key has O = V: there (one_key is -1) it is summed as the product
+  // V dO^T is, and dP - dot is exactly 0.
+  template <class S>
+  static void dots(const float* dout, const S* out, int64_t stride, int64_t rows, int64_t Dv, const int32_t* one_key, float* dot) {
+    alignas(64) float across[Mm::NR * 256];
+    for (int64_t r = 0; r < rows; r += Mm::NR, dout += Mm::NR * Dv) {
+      Mm::pack_b(out + r * stride, stride, least(Mm::NR, rows - r), Dv, across);
+      for (int64_t c = 0; c < Mm::NR; c += W) {
+        vf part[8] = {}, chain = zero(), sum = zero();
+        for (int64_t k = 0; k < Dv; ++k) {
+          const vf x = load(dout + k * Mm::NR + c), y = load(across + k * Mm::NR + c);
+          part[k % 8] = fma(x, y, part[k % 8]);
+          chain = fma(x, y, chain);
+          if ((k + 1) % Mm::KB == 0 || k + 1 == Dv) sum = k < Mm::KB ? chain : sum + chain, chain = zero();
+        }
+        for (int h = 4; h; h /= 2)
+          for (int i = 0; i < h; ++i) part[i] += part[i + h];
+        vi one;
+        memcpy(&one, one_key + r + c, sizeof one);
+        store(dot + r + c, select(one, sum, part[0]));
+      }
+    }
+  }
+
   float *s, *ds;  // [kPanel, kLdq] S^T, then P^T; [kKeys, kLdq] dP^T, then dS^T
   explicit GradBlock(float* base) : s(base), ds(base + kPanel * kLdq) {}
 
+  // dq_started, by groups: whether dq holds a sum already.
   void run(const Transform& f, const BlockOperands<float>& o, float* dk, float* dv, float* dq, bool* dq_started) {
     const Grad<float> grad(f);
     const int64_t q_panel = Mm::NR * o.queries;
@@ -145,9 +174,10 @@ template <> struct GradBlock<float> {
       int64_t ka, kb;
       keys_seen(o, kPanel, q / kGroup, &ka, &kb);
       if (ka >= kb) continue;
-      if (!*dq_started) memset(dq, 0, kQueries * o.ldk * sizeof(float)), *dq_started = true;
+      bool& started = dq_started[q / kGroup];
       Mm::gemm_panels<1, kLdq>(least(kGroup, o.queries - q), o.ldk, least(kb, o.keys) - ka, ds + ka * kLdq + q, Mm::MR,
-                               o.key + ka * Mm::NR, Mm::NR * o.keys, dq + q * o.ldk, o.ldk, true);
+                               o.key + ka * Mm::NR, Mm::NR * o.keys, dq + q * o.ldk, o.ldk, started);
+      started = true;
     }
   }
 
@@ -156,13 +186,14 @@ template <> struct GradBlock<float> {
     const int64_t j0 = o.first_key + k0;
     const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
     for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
-      const vf logit = load(o.logit + q), delta = load(o.delta + q), gate = o.gate ? load(o.gate + q) : zero();
+      const vf logit = load(o.logit + q), dot = load(o.dot + q);
+      const vf dlse = o.dlse ? load(o.dlse + q) : zero(), gate = o.gate ? load(o.gate + q) : zero();
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
-        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, delta, o.gate ? &gate : nullptr, &p, &d);
+        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, dot, o.dlse ? &dlse : nullptr, o.gate ? &gate : nullptr, &p, &d);
         if (!whole) {
           const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
           p = select(in, p, zero()), d = select(in, d, zero());
@@ -199,6 +230,18 @@ template <> struct GradBlock<bf16> {
     p_down = (bf16*)(dp + kPanel * kLdq), ds_down = p_down + kPanel * kQueries;
     ds_across = ds_down + kPanel * kQueries;
     rows = (float*)(ds_across + kKeys * kQueries);
+  }
+
+  // <dO_i, O_i>: the diagonal of the product, in the product's order, so that one visible key cancels as in GradBlock<float>.
+  template <class S>
+  static void dots(const bf16* dout, const S* out, int64_t stride, int64_t rows, int64_t Dv, const int32_t*, float* dot) {
+    alignas(64) bf16 down[Mm::MR * 256];
+    alignas(64) float product[Mm::MR * Mm::NR];
+    for (int64_t r = 0; r < rows; r += Mm::MR, dout += Mm::NR * Mm::padded_k(Dv)) {
+      Mm::pack_a(out + r * stride, stride, least(Mm::MR, rows - r), Dv, down);
+      Mm::gemm(Mm::MR, Mm::NR, Dv, down, dout, product, Mm::NR, false);
+      for (int64_t i = 0; i < Mm::MR; ++i) dot[r + i] = product[i * Mm::NR + i];
+    }
   }
 
   // Row r of dQ; asked for in ascending order, a group is turned around at its first row.
@@ -239,9 +282,9 @@ template <> struct GradBlock<bf16> {
       int64_t ka, kb;
       keys_seen(o, kPanel, g, &ka, &kb);
       if (ka >= kb) continue;
-      if (!*dq_started) memset(dq, 0, dq_size(o.D) * sizeof(float)), *dq_started = true;
       Mm::gemm_panels(kp, 32, kb - ka, o.key + ka * Mm::MR, k_panel, ds_across + g * 32 * kKeys + ka * 32, 0, dq + g * kp * 32,
-                      32, true);
+                      32, dq_started[g]);
+      dq_started[g] = true;
     }
   }
 
@@ -255,8 +298,9 @@ template <> struct GradBlock<bf16> {
   }
   template <bool whole>
   void elements(const Grad<bf16>& grad, const BlockOperands<bf16>& o, int64_t g, int64_t q, int64_t k0, int64_t j0) {
-    const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)}, delta[2] = {load(o.delta + q), load(o.delta + q + W)};
-    vf gate[2] = {};
+    const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)}, dot[2] = {load(o.dot + q), load(o.dot + q + W)};
+    vf dlse[2] = {}, gate[2] = {};
+    if (o.dlse) dlse[0] = load(o.dlse + q), dlse[1] = load(o.dlse + q + W);
     if (o.gate) gate[0] = load(o.gate + q), gate[1] = load(o.gate + q + W);
     vi lo[2], hi[2];
     memcpy(lo, o.seen.lo + q, sizeof lo);
@@ -268,7 +312,7 @@ template <> struct GradBlock<bf16> {
         vf p[2], d[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
-          grad(load(s + at), load(dp + at), logit[u], delta[u], o.gate ? gate + u : nullptr, p + u, d + u);
+          grad(load(s + at), load(dp + at), logit[u], dot[u], o.dlse ? dlse + u : nullptr, o.gate ? gate + u : nullptr, p + u, d + u);
           if (!whole) {
             const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
             p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());

@@ -40,7 +40,7 @@ inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
 
 // 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
 // and no subnormals appear. NaN stays NaN. Degree 6 on [-1/2, 1/2], minimax.
-// x = 2^x, N vectors step by step together: one alone is a chain of 14 dependent instructions.
+// Here N vectors in place, step by step together: one alone is a chain of dependent instructions.
 template <int N> inline __attribute__((always_inline)) void exp2_fast(vf* x) {
   constexpr float kC[7] = {1.0f,           6.931472028e-1f, 2.402264791e-1f, 5.550332472e-2f,
                            9.618437357e-3f, 1.339887440e-3f, 1.535336188e-4f};
@@ -234,7 +234,7 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
   }
   *lse = fma(splat(m), splat(f.factor), splat(logf(l)))[0];
   const float divisor = sink ? l * (1.0f + expf(*sink - *lse)) : l;
-  if constexpr (sizeof(S) == 2) {  // a division takes as long as 10 products; 16 bits do not show the second rounding
+  if constexpr (sizeof(S) == 2) {  // a division takes as long as 20 products; 16 bits do not show the second rounding
     const vf factor = splat(1.0f / divisor);
     for (int64_t d = 0; d < value_dim; d += W) store_n(out + d, load(o + d) * factor, (int)(value_dim - d));
   } else {
@@ -273,40 +273,60 @@ struct Keys {
   const int32_t* seqlens = nullptr;   // T of each row, instead of k_len
   const int32_t* block_table = nullptr;
   int64_t page_size = 0, max_pages = 0;
-  const int32_t* cu_seqlens = nullptr;  // [B + 1] packed
+  const int32_t* cu_seqlens = nullptr;            // [B + 1] packed
+  const AttentionDecodeParams* prefix = nullptr;  // whose shared prefix stands before every row's own keys
+  int64_t prefix_length = 0;                      // with prefix
 
   int64_t start(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : key_start ? key_start[b] : 0; }
   int64_t length(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] : seqlens ? seqlens[b] : k_len; }  // past the last key
-  int64_t count(int64_t b) const { return length(b) - start(b); }
+  int64_t count(int64_t b) const { return prefix_length + length(b) - start(b); }
   // Keys from j on that lie at a constant stride.
-  int64_t run(int64_t j, int64_t end) const { return block_table ? least(end - j, page_size - j % page_size) : end - j; }
+  int64_t run(int64_t j, int64_t end) const {
+    int64_t page = block_table ? page_size : 0;
+    if (j < prefix_length) end = least(end, prefix_length), page = prefix->prefix_table ? prefix->prefix_page_size : 0;
+    else j -= prefix_length, end -= prefix_length;
+    return page ? least(end - j, page - j % page) : end - j;
+  }
+  // Of k (stride = k_stride) or v: elements from key j to the next of its run, and key j itself.
+  int64_t step(const int64_t* stride, int64_t j) const {
+    return j >= prefix_length ? stride[1] : (stride == k_stride ? prefix->prefix_k_stride : prefix->prefix_v_stride)[1];
+  }
   template <class S> const S* row(const void* base, const int64_t* stride, int64_t b, int64_t j, int64_t h) const {
+    if (j < prefix_length) {
+      const AttentionDecodeParams& x = *prefix;
+      if (stride == k_stride) base = x.prefix_k, stride = x.prefix_k_stride;
+      else base = x.prefix_v, stride = x.prefix_v_stride;
+      if (!x.prefix_table) return at<S>(base, stride, 0, j, h);
+      return at<S>(base, stride, x.prefix_table[j / x.prefix_page_size], j % x.prefix_page_size, h);
+    }
+    j -= prefix_length;
     if (!block_table) return at<S>(base, stride, b, start(b) + j, h);
     return at<S>(base, stride, block_table[b * max_pages + j / page_size], j % page_size, h);
   }
 };
 
-// Packs keys [j, j + keys) of head h as right operands: K^T [D, keys] and V [keys, Dv]. Pages whose size is no multiple
-// of a panel are gathered into `rows` ([kSplit, max(D, Dv)]) first.
+// Packs keys [j, j + keys) of head h as right operands: K^T [D, keys] and V [keys, Dv]. Pages and prefixes that end inside
+// a panel are gathered into `rows` ([kSplit, max(D, Dv)]) first.
 template <class S, class T = Compute<S>>
 inline void pack_split(const Keys& x, int64_t b, int64_t h, int64_t j, int64_t keys, int64_t D, int64_t Dv, S* rows, T* k, T* v) {
   using Mm = Gemm<T>;
   const int64_t kp = Mm::padded_k(D), keys_p = Mm::padded_k(keys), end = j + keys;
-  const bool in_place = !x.block_table || x.page_size % kLine == 0 || x.run(j, end) == keys;
+  bool in_place = true;
+  for (int64_t i = j; i < end; i += x.run(i, end)) in_place &= (i - j) % kLine == 0;
   const auto gather = [&](const void* base, const int64_t* stride, int64_t width) {
     for (int64_t i = 0; i < keys; ++i) memcpy((void*)(rows + i * width), x.row<S>(base, stride, b, j + i, h), width * sizeof(S));
   };
   if (!in_place) gather(x.k, x.k_stride, D), Mm::pack_b(rows, D, keys, D, k);
   for (int64_t i = j, n; in_place && i < end; i += n) {
     n = x.run(i, end);
-    Mm::pack_b(x.row<S>(x.k, x.k_stride, b, i, h), x.k_stride[1], n, D, k + (i - j) * kp);
+    Mm::pack_b(x.row<S>(x.k, x.k_stride, b, i, h), x.step(x.k_stride, i), n, D, k + (i - j) * kp);
   }
   if (!in_place) gather(x.v, x.v_stride, Dv), Mm::pack_b_t(rows, Dv, Dv, keys, v);
   for (int64_t i = j, n; in_place && i < end; i += n) {
     n = x.run(i, end);
     const S* src = x.row<S>(x.v, x.v_stride, b, i, h);
     for (int64_t d = 0; d < Dv; d += Mm::NR)
-      Mm::pack_b_t(src + d, x.v_stride[1], least(Mm::NR, Dv - d), n, v + d * keys_p + (i - j) * Mm::NR);
+      Mm::pack_b_t(src + d, x.step(x.v_stride, i), least(Mm::NR, Dv - d), n, v + d * keys_p + (i - j) * Mm::NR);
   }
 }
 

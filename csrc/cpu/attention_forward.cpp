@@ -4,7 +4,7 @@
 //
 // One pair (sequence, key head) has R = G * S rows: query i of head g of the group is row g * S + i. K and V are packed
 // once per pair; then every item takes a chunk of a pair's rows over all splits of keys they see:
-//   for each split:  for each block of kRows rows:  S = Q K^T, softmax in place, O_split = P V, merge
+//   for each split:  for each block of kRows rows:  S = Q K^T, softmax, O_split = P V, merge      (attention_split.h)
 // so that a split (256 KiB of K and V at D = 128 in bf16) stays in L2 while the chunk's blocks pass over it.
 // Large pairs are packed by all threads and worked on in chunks, heavy chunks first. A pair that is a small part of the
 // whole is one thread's, which packs it into memory still in its cache from the pair before. Packed sequences of any mix
@@ -109,7 +109,8 @@ template <class St> struct Forward {
       const typename Block::Place& y = block.places[place];
       for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
         if (fresh) m[r] = y.ms[i], l[r] = y.ls[i];
-        else if (y.ms[i] != -INFINITY) merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
+        else if (y.ms[i] != -INFINITY)
+          merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
       }
     };
     Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
@@ -195,6 +196,9 @@ template <class St> struct Forward {
     struct Item {
       int64_t pair, r0, r1;
     };
+    struct Split {
+      int64_t pair, split;
+    };
     const auto chunks = [&](int64_t chunk_rows) {
       int64_t n = 0;
       for (int64_t i = begin; i < end; ++i) n += count_chunks(order[i / H], chunk_rows);
@@ -206,7 +210,8 @@ template <class St> struct Forward {
 
     Scratch<T> packed(held * (k_split + v_split));
     Scratch<Packed> pairs(end - begin);
-    Scratch<Item> packs(held), items(chunks(chunk_rows));
+    Scratch<Split> packs(held);
+    Scratch<Item> items(chunks(chunk_rows));
     Scratch<int64_t> places(longest + 2);  // items by the splits up to their last row's last key, most first
     memset(places, 0, (longest + 2) * sizeof(int64_t));
     const auto each = [&](const auto& body) {
@@ -224,12 +229,12 @@ template <class St> struct Forward {
     for (int64_t i = begin, done = 0; i < end; ++i) {
       const int64_t b = order[i / H], n = splits(b);
       pairs[i - begin] = packed_at(packed + done * (k_split + v_split), b);
-      for (int64_t split = 0; split < n; ++split) packs[done + split] = {i - begin, split, 0};
+      for (int64_t split = 0; split < n; ++split) packs[done + split] = {i - begin, split};
       done += n;
     }
     parallel_for(p.threads, held, [&](int64_t item, int thread) {
-      const Item& x = packs[item];
-      pack(order[(begin + x.pair) / H], (begin + x.pair) % H, x.r0, pairs[x.pair], mine(thread));
+      const Split& x = packs[item];
+      pack(order[(begin + x.pair) / H], (begin + x.pair) % H, x.split, pairs[x.pair], mine(thread));
     });
     parallel_for(p.threads, chunks(chunk_rows), [&](int64_t item, int thread) {
       const Item& x = items[item];

@@ -139,7 +139,8 @@ template <class T> struct SplitBlock {
 
   static int64_t place_floats() { return kRows * kLd + Probs<T>::size(kRows) / 2; }
   static int64_t floats(int64_t Dv) { return 2 * place_floats() + kRows * round_up(Dv, Mm::NR); }
-  SplitBlock(const AttentionShape& s, float* scratch) : transform(s), D(s.head_dim), Dv(s.value_dim), o_split(scratch + 2 * place_floats()) {
+  SplitBlock(const AttentionShape& s, float* scratch)
+      : transform(s), D(s.head_dim), Dv(s.value_dim), o_split(scratch + 2 * place_floats()) {
     for (Place& x : places) x.scores = scratch, x.probs = (T*)(scratch + kRows * kLd), scratch += place_floats();
   }
 

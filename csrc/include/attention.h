@@ -33,7 +33,7 @@ struct AttentionForwardParams : AttentionShape {
   const void* v = nullptr;             // [B, T, Hkv, Dv]
   const float* sinks = nullptr;        // [H], may be null
   const int32_t* key_start = nullptr;  // [B] first valid key of each row, 0 <= key_start <= T; may be null (0)
-  const int32_t* cu_seqlens_q = nullptr;  // [B + 1] packed sequences, see PackedSequences; null: all of length S
+  const int32_t* cu_seqlens_q = nullptr;  // [B + 1] packed sequences, see above; null: all of length S
   const int32_t* cu_seqlens_k = nullptr;  // [B + 1], given exactly with cu_seqlens_q, and then key_start is null
   void* out = nullptr;                 // [B, S, H, Dv]
   float* lse = nullptr;                // [B, S, H] contiguous float32, never counts the sink; -inf where no key is seen

@@ -73,6 +73,6 @@ LARGER = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", [*SMALL, *LARGER], ids=str)
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
-    results = list(evaluate(case, "triton", dtype))
+    results = list(evaluate(case, "triton", dtype, draws=3))  # more take the interpreter minutes
     messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]
     assert not messages, "\n".join(messages)

@@ -274,7 +274,7 @@ inline vf tanh(vf x) {
 }
 
 // Transposes the W x W matrix v[row][lane] in place: log2(W) rounds of swapping off-diagonal blocks.
-template <int H> inline void transpose_round(vi* v) {
+template <int H> __attribute__((always_inline)) inline void transpose_round(vi* v) {
   vi first, second;
   for (int lane = 0; lane < W; ++lane) {
     first[lane] = lane & H ? lane - H + W : lane;
@@ -288,7 +288,7 @@ template <int H> inline void transpose_round(vi* v) {
     v[i + H] = __builtin_shuffle(a, b, second);
   }
 }
-inline void transpose(vi* v) {
+__attribute__((always_inline)) inline void transpose(vi* v) {
   if constexpr (W == 16) transpose_round<8>(v);
   if constexpr (W >= 8) transpose_round<4>(v);
   transpose_round<2>(v);

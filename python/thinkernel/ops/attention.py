@@ -157,7 +157,7 @@ append_kv_op.kernel("triton")(_append)
 # ---- cpu and triton --------------------------------------------------------------------------------------------
 
 attention_forward.kernel("cpu", backends.cpu_covers)(backends.cpu_forward)
-attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_backward_covers(q, k, v, *rest))(
+attention_backward.kernel("cpu", lambda dout, dlse, q, k, v, out, lse, *rest: backends.cpu_covers(q, k, v, *rest))(
     backends.cpu_backward
 )
 attention_decode_op.kernel("cpu", backends.cpu_decode_covers)(backends.cpu_decode)
@@ -192,7 +192,7 @@ attention_forward.differentiate(_setup, _backward, reference=_reference_forward)
 attention_forward.autocast("q", "k", "v")
 attention_backward.refuse_gradient("double backward is not supported")
 attention_decode_op.refuse_gradient("it serves decoding; attention is the differentiable form")
-attention_decode_op.autocast("q", "k_cache", "v_cache")
+attention_decode_op.autocast("q", "k_cache", "v_cache", "prefix_k", "prefix_v")
 
 
 # ---- public ----------------------------------------------------------------------------------------------------

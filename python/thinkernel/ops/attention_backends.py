@@ -37,16 +37,15 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_misses(
-    q: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None, window_left: int, window_right: int,
-    chunk: int, softcap: float,
+    q: Tensor, v: Tensor, sinks: Tensor | None, window_left: int, window_right: int, chunk: int, softcap: float
 ) -> str | None:
     if q.dtype not in DTYPE_CODES:
         return f"q: the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return f"q: the C++ kernels take head dims up to 256, not {q.shape[-1]} and {v.shape[-1]}"
     given = {
-        "cu_seqlens_q": cu_seqlens_q is not None, "sinks": sinks is not None, "chunk": chunk > 0,
-        "window": window_left >= 0 or window_right >= 0, "softcap": softcap != 0,
+        "sinks": sinks is not None, "chunk": chunk > 0, "window": window_left >= 0 or window_right >= 0,
+        "softcap": softcap != 0,
     }
     missing = [name for name, is_given in given.items() if is_given and name not in CPU_FEATURES]
     return f"{', '.join(missing)}: not in the C++ kernels yet" if missing else None
@@ -56,14 +55,7 @@ def cpu_covers(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
 ) -> str | None:
-    return _cpu_misses(q, v, sinks, None, *mask)
-
-
-def cpu_backward_covers(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
-) -> str | None:
-    return _cpu_misses(q, v, sinks, cu_seqlens_q, *mask)
+    return _cpu_misses(q, v, sinks, *mask)
 
 
 def _shape_fields(
@@ -124,9 +116,7 @@ def cpu_decode_covers(
     prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
     scale: float, *mask: Any,
 ) -> str | None:
-    if prefix_k is not None:
-        return "prefix: not in the C++ kernels yet"
-    return _cpu_misses(q, v_cache, sinks, None, *mask)
+    return _cpu_misses(q, v_cache, sinks, *mask)
 
 
 def cpu_decode(
