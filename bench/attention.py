@@ -6,20 +6,22 @@
 
 What is measured, B = 1 and D = 128 but for decode:
     forward, backward   causal, 16/4 heads (backward: forward and backward together)
-    window              the same with a window of 128 keys, forward and forward + backward, with the time per token
+    window, window-backward   the same with a window of 128 keys, with the time per token
     decode              one token for each of B = 8 sequences of 4096 keys, 32/8 heads, caches cold
 The PyTorch forms: SDPA on K/V expanded to all heads beforehand, SDPA with enable_gqa, SDPA with a group's heads folded into
 query rows under a mask, compiled flex_attention (no backward on the CPU), plain matmuls with a softmax; those that need an
 [S, T] array are left out where it would take seconds.
-Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (what torch's own matmul makes of the
-machine at that minute), the floor of the work, and the peak extra memory of one call, also as multiples of q's size: ours is
-O(S·D), out (and the three gradients) plus packed K and V. Results go to bench/results/.
+Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (what torch's own matmul makes of
+the machine at that minute), the floor of the work, and the extra memory of a first call in a process of its own, also as
+multiples of q's size: ours is O(S·D), out (and the three gradients) plus packed operands and some MiB a thread. Results go
+to bench/results/.
 FLOPs: forward 4·B·H·S²·D, half under a causal mask; backward 2.5 times that.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import functools
 import json
@@ -69,19 +71,24 @@ def canary(dtype: torch.dtype) -> Callable[[], object]:
     return lambda: a @ a
 
 
-def peak_extra_mib(run: Callable[[], object]) -> float:
-    """How far one more call pushes the high-water mark of resident memory above what is resident now."""
+def peak_extra_mib(work: str, size: int, name: str, who: str, threads: int) -> float:
+    """How far the first call of a fresh process pushes its resident memory, in a child: later calls reuse what it kept."""
+    command = [sys.executable, __file__, work, "--lengths", str(size), "--dtypes", name, "--threads", str(threads), "--peak-of", who]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(work: str, size: int, dtype: torch.dtype, who: str) -> None:
+    """The child's part of peak_extra_mib: a short call loads the libraries, then the call itself."""
     def status(key: str) -> int:
         return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
-    run()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    except OSError:
-        return float("nan")
+    contestants(work, 64, dtype)[0][who]()
+    run = contestants(work, size, dtype)[0][who]
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or the call would find room in it
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     now = status("VmRSS")
     run()
-    return (status("VmHWM") - now) / 1024
+    print((status("VmHWM") - now) / 1024)
 
 
 def heads(B: int, S: int, T: int, H: int, Hkv: int, D: int, dtype: torch.dtype) -> list[Tensor]:
@@ -171,6 +178,12 @@ def decode(T: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]],
     }, 2 * k.numel() * k.element_size() / READ
 
 
+def contestants(work: str, size: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], float]:
+    if work == "decode":
+        return decode(size, dtype)
+    return prefill(size, dtype, "backward" in work, WINDOW if "window" in work else 0)
+
+
 def bandwidth(middle: dict[str, float], floor: float) -> tuple[float, dict[str, float]]:
     """Takes the read loops out of the medians: -> the floor they set in seconds, our share of their speed in percent."""
     loops = [middle.pop(who) for who in list(middle) if who.startswith("read ")]
@@ -187,13 +200,10 @@ def evict() -> Callable[[], object]:
 def measure(work: str, size: int, name: str, repeats: int) -> dict[str, object]:
     """One workload in one dtype: runs it, prints its line, returns its row of the results."""
     dtype = getattr(torch, name)
-    if work == "decode":
-        contestants, floor = decode(size, dtype)
-    else:
-        contestants, floor = prefill(size, dtype, "backward" in work, WINDOW if "window" in work else 0)
+    runs, floor = contestants(work, size, dtype)
     before = evict() if work == "decode" else lambda: None
     repeats = 4 * repeats if size <= 512 else repeats if size < 8192 else max(3, repeats // 3)
-    times = interleave(contestants | {"gemm": canary(dtype)}, repeats, before)
+    times = interleave(runs | {"gemm": canary(dtype)}, repeats, before)
     gemm = 2 * 1024**3 / statistics.median(times.pop("gemm")) / 1e9
     middle = {who: statistics.median(found) * 1e3 for who, found in times.items()}
     share: dict[str, float] = {}
@@ -202,7 +212,8 @@ def measure(work: str, size: int, name: str, repeats: int) -> dict[str, object]:
     peers = [t for who, t in middle.items() if not who.startswith("thinkernel")]
     speedup = round(min(peers) / middle["thinkernel"], 2) if peers else None
     line = ", ".join(f"{who} {t:.2f}" for who, t in middle.items())
-    extra = {who: round(peak_extra_mib(run), 1) for who, run in contestants.items() if who in middle}
+    kinds = ("thinkernel", "sdpa", "sdpa, mask")
+    extra = {who: round(peak_extra_mib(work, size, name, who, torch.get_num_threads()), 1) for who in kinds if who in middle}
     row: dict[str, object] = dict(
         work=work, size=size, dtype=name, milliseconds={who: round(t, 3) for who, t in middle.items()},
         fastest={who: round(min(found) * 1e3, 3) for who, found in times.items()}, floor=round(floor * 1e3, 3),
@@ -223,7 +234,8 @@ def measure(work: str, size: int, name: str, repeats: int) -> dict[str, object]:
     return row
 
 
-LENGTHS = {"forward": [512, 2048, 8192], "backward": [512, 2048, 8192], "window": [2048, 4096, 8192, 16384], "decode": [4096]}
+LENGTHS = {"forward": [512, 2048, 8192], "backward": [512, 2048, 8192], "window": [2048, 4096, 8192, 16384],
+           "window-backward": [2048, 4096, 8192, 16384], "decode": [4096]}
 
 
 def cpu_name() -> str:
@@ -238,11 +250,12 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="*", default=list(LENGTHS), help="forward, backward (with the forward), window, decode")
+    parser.add_argument("work", nargs="*", default=list(LENGTHS), help=f"{', '.join(LENGTHS)}; backward is with the forward")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: forward and backward 512 2048 8192, window 2048 … 16384")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", metavar="WHO", help="only print the extra memory of WHO's first call, in MiB")
     parser.add_argument("--out", type=Path, default=RESULTS / "attention_cpu.json", help="results file")
     args = parser.parse_args()
     unknown = set(args.work) - set(LENGTHS)
@@ -250,11 +263,13 @@ def main() -> None:
         parser.error(f"unknown work: {', '.join(sorted(unknown))} (takes {', '.join(LENGTHS)})")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # every shape is compiled anew
+    if args.peak_of:
+        with tk.use_backend("cpu"):
+            return print_peak(args.work[0], args.lengths[0], getattr(torch, args.dtypes[0]), args.peak_of)
     rows = []
-    works = [part for work in args.work for part in ([work, "window-backward"] if work == "window" else [work])]
-    for work in works:
-        lengths = LENGTHS[work.removesuffix("-backward")]
-        for size in lengths if work == "decode" or not args.lengths else args.lengths:
+    for work in args.work:
+        for size in LENGTHS[work] if work == "decode" or not args.lengths else args.lengths:
             for name in args.dtypes:
                 with tk.use_backend("cpu"):
                     rows.append(measure(work, size, name, args.repeats))
