@@ -11,10 +11,10 @@ What is measured, B = 1 and D = 128 but for decode:
 The PyTorch forms: SDPA on K/V expanded to all heads beforehand, SDPA with enable_gqa, SDPA with a group's heads folded into
 query rows under a mask, compiled flex_attention (no backward on the CPU), plain matmuls with a softmax; those that need an
 [S, T] array are left out where it would take seconds.
-Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (what torch's own matmul makes of
-the machine at that minute), the floor of the work, and the extra memory of a first call in a process of its own, also as
-multiples of q's size: ours is O(S·D), out (and the three gradients) plus packed operands and some MiB a thread. Results go
-to bench/results/.
+Medians over repeats in which every contestant runs in turn (short ones right after an untimed run of their own), beside a
+GEMM canary (what torch's own matmul makes of the machine at that minute), the floor of the work, and the extra memory of a
+first call in a process of its own, also as multiples of q's size: ours is O(S·D), out (and the three gradients) plus packed
+operands and some MiB a thread. Results go to bench/results/.
 FLOPs: forward 4·B·H·S²·D, half under a causal mask; backward 2.5 times that.
 """
 
@@ -53,15 +53,20 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleave(
-    contestants: dict[str, Callable[[], object]], repeats: int, before: Callable[[], object] = lambda: None
+    contestants: dict[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
-    """Times of each contestant, one run each in turn; `before` runs untimed ahead of every run."""
+    """Times of each contestant, one run each in turn; `before` runs untimed ahead of every run. Without it a short run comes
+    right after an untimed one of its own: else the neighbour decides (SDPA's forms warm code and caches for each other)."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
         run()
+    warm = {name for name, run in contestants.items() if before is None and seconds(run) < 0.1}
     for _ in range(repeats):
         for name, run in contestants.items():
-            before()
+            if before is not None:
+                before()
+            elif name in warm:
+                run()
             times[name].append(seconds(run))
     return times
 
@@ -201,7 +206,7 @@ def measure(work: str, size: int, name: str, repeats: int) -> dict[str, object]:
     """One workload in one dtype: runs it, prints its line, returns its row of the results."""
     dtype = getattr(torch, name)
     runs, floor = contestants(work, size, dtype)
-    before = evict() if work == "decode" else lambda: None
+    before = evict() if work == "decode" else None
     repeats = 4 * repeats if size <= 512 else repeats if size < 8192 else max(3, repeats // 3)
     times = interleave(runs | {"gemm": canary(dtype)}, repeats, before)
     gemm = 2 * 1024**3 / statistics.median(times.pop("gemm")) / 1e9
