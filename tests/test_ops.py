@@ -60,8 +60,6 @@ def test_opcheck(case, backend):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.filterwarnings("ignore:thinkernel:RuntimeWarning")
 def test_compiles_in_one_graph_with_the_eager_gradients(case):
-    if case.name == "grpo/advantages":
-        pytest.skip("grouping by rewards looks at their values; it runs once a step, outside compiled regions")
     torch._dynamo.reset()
     inputs = case.inputs(Draw(11))
     eager = _outputs(case, inputs, 11, case.run)
@@ -153,7 +151,7 @@ def test_explain_names_the_kernel_and_runs_nothing():
         assert tk.explain(tk.attention, q, q, q, causal=True) == "attention_forward: cpu"
     text = tk.explain(tk.grpo_loss, torch.randn(1, 3, 8), torch.randn(9, 8), torch.zeros(1, 3, dtype=torch.long), None,
                       torch.ones(1), torch.ones(1, 3))
-    assert "linear_logprob_forward" in text and "policy_loss: reference" in text
+    assert "linear_logprob_forward" in text and ("policy_loss: cpu" in text or dispatch.C is None)
     with tk.use_backend("reference"):
         assert tk.explain(tk.attention, q, q, q) == "attention_forward: reference"
 

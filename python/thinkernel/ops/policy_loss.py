@@ -70,9 +70,9 @@ _NEEDS, _ARGUMENTS = 9, 16
 _DIFFERENTIABLE = (0, 6, 4)  # logprob, entropy, ref_logprob among the arguments
 policy_loss_backward = Op(
     "policy_loss_backward",
-    "(Tensor dloss, Tensor[] gradients) -> Tensor[]",
-    lambda dloss, gradients: [torch.empty_like(g) for g in gradients],
-)
+    "(Tensor dloss, Tensor logprob, Tensor dlogprob, Tensor dentropy, Tensor dref) -> (Tensor, Tensor, Tensor)",
+    lambda dloss, logprob, *gradients: tuple(torch.empty_like(g) for g in gradients),
+)  # logprob is there so that differentiating the result is noticed
 
 
 @policy_loss_op.check
@@ -198,38 +198,34 @@ def _cpu(
 for _backend in BACKENDS:
 
     @policy_loss_backward.kernel(_backend)
-    def _scale(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-        return [g * dloss for g in gradients]
+    def _scale(dloss: Tensor, logprob: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g * dloss for g in gradients)
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*args[:_NEEDS])
     ctx.options = args[_NEEDS:]
-    ctx.gradients = [g for g, need in zip(outputs[2:], args[_NEEDS], strict=True) if need]
+    ctx.gradients = list(outputs[2:])
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Any, ...]:
     """The forward's gradients times dloss, in place: a fresh [B, S] costs more (page faults) than its contents."""
-    needs = ctx.options[0]
-    if any(ctx.needs_input_grad[i] and not need for i, need in zip(_DIFFERENTIABLE, needs, strict=True)):
-        raise RuntimeError("thinkernel::policy_loss: a gradient is wanted that `needs` left out; call tk.policy_loss")
+    needs, *options = ctx.options
+    wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     result: list[Any] = [None] * _ARGUMENTS
     if dloss is None:
         return tuple(result)
     found, ctx.gradients = ctx.gradients, None
-    if found is None:  # a second backward through a retained graph
-        with torch.no_grad():
-            outputs = policy_loss_op(*ctx.saved_tensors, *ctx.options)
-        found = [g for g, need in zip(outputs[2:], needs, strict=True) if need]
+    if found is None or any(want and not need for want, need in zip(wanted, needs, strict=True)):
+        with torch.no_grad():  # a second backward through a retained graph, or a raw call that asked for no gradients
+            found, needs = list(policy_loss_op(*ctx.saved_tensors, wanted, *options)[2:]), wanted
     if torch.is_grad_enabled():
-        found = policy_loss_backward(dloss, found)  # which refuses to be differentiated
-    else:
-        found = [g.mul_(dloss) for g in found]
-    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
+        found = policy_loss_backward(dloss, ctx.saved_tensors[0], *found)  # which refuses to be differentiated
+    for position, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
         if need:
-            result[position] = found.pop(0)
+            result[position] = gradient if torch.is_grad_enabled() else gradient.mul_(dloss)
     return tuple(result)
 
 
