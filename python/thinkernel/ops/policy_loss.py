@@ -173,7 +173,7 @@ def _cpu(
         advantages = rows_contiguous(advantages)
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    results = [empty(shape if need else (0,), logprob) for need in needs]
+    results = [empty(shape, logprob) if need else torch.empty(0) for need in needs]
     dlogprob, dentropy, dref = (x.data_ptr() if need else 0 for x, need in zip(results, needs, strict=True))
     C.policy_loss(C.PolicyLossParams(
         form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level or loss_type in ("gspo", "luspo")),
@@ -221,11 +221,13 @@ def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Any, ...]:
     if found is None or any(want and not need for want, need in zip(wanted, needs, strict=True)):
         with torch.no_grad():  # a second backward through a retained graph, or a raw call that asked for no gradients
             found, needs = list(policy_loss_op(*ctx.saved_tensors, wanted, *options)[2:]), wanted
+    as_it_is = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1  # most often it is 1
     if torch.is_grad_enabled():
         found = policy_loss_backward(dloss, ctx.saved_tensors[0], *found)  # which refuses to be differentiated
+        as_it_is = True
     for position, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
         if need:
-            result[position] = gradient if torch.is_grad_enabled() else gradient.mul_(dloss)
+            result[position] = gradient if as_it_is else gradient.mul_(dloss)
     return tuple(result)
 
 
