@@ -112,8 +112,7 @@ def reference_loss(
 
 def _under_autograd(*args: Any) -> tuple[Tensor, ...]:
     """The reference as the op's results; its gradients are autograd's, so those slots stay empty."""
-    none = args[0].new_empty(0)
-    return (*reference_loss(*args), none, none, none)
+    return (*reference_loss(*args), *(args[0].new_empty(0) for _ in _DIFFERENTIABLE))
 
 
 @policy_loss_op.kernel("reference")
@@ -123,8 +122,7 @@ def _reference(*args: Any) -> tuple[Tensor, ...]:
     positions = [i for i, need in zip(_DIFFERENTIABLE, args[_NEEDS], strict=True) if need and args[i] is not None]
     grads = gradients(lambda *a: reference_loss(*a)[0], args, positions, (torch.ones_like(loss),)) if positions else []
     found = dict(zip(positions, grads, strict=True))
-    none = args[0].new_empty(0)
-    return loss, metrics, *(found.get(i, none) for i in _DIFFERENTIABLE)
+    return loss, metrics, *(found[i] if i in found else args[0].new_empty(0) for i in _DIFFERENTIABLE)
 
 
 def covers(logprob: Tensor, *rest: Any) -> str | None:
