@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
         found = medians(runs, args.repeats)
         floor = 1e3 * B * S * (1 + 4 * (2 + len(names) + 3 * len(leaves))) / COPY
         speedups = {n: t / found["thinkernel"] for n, t in found.items() if n != "thinkernel"}
-        peers = "".join(f"  {n} {found[n]:6.2f} ({x:4.1f}x)" for n, x in speedups.items())
+        peers = "".join(f"  {n} {found[n]:6.2f} ({speedups[n]:4.1f}x)" for n in speedups)
         print(f"{name:32} {found['thinkernel']:6.3f} ms{peers}  floor {floor:.2f}", flush=True)
         rows.append({"option": name, "median_ms": found, "speedup": speedups, "floor_ms": floor})
     return rows

@@ -128,12 +128,16 @@ def test_zero_variance_by_rounding() -> None:
 
 
 def test_zero_variance_of_summed_rewards_by_rounding() -> None:
-    """Equal totals out of different parts: 0.1 + 0.2 + 0.7 in another order is another float."""
-    parts = torch.tensor([[0.1, 0.2, 0.7], [0.7, 0.1, 0.2], [0.2, 0.7, 0.1], [0.7, 0.2, 0.1]])
-    assert len(set(((parts[:, 0] + parts[:, 1]) + parts[:, 2]).tolist())) > 1
-    a, zero = tk.group_advantages(parts, 4, return_zero_variance=True)
-    if tk.backends()["cpu"] is None:
-        assert a.eq(0).all() and zero.all()
+    """Equal totals out of different parts: in float32 the order of adding shows, and eps blows the difference up."""
+    if tk.backends()["cpu"] is not None:
+        pytest.skip("a promise of the kernels, not of the reference in float32")
+    values = torch.rand(300, 3, generator=generator(8))
+    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 2, 0]])
+    parts = values[:, orders].reshape(-1, 3)  # groups of three samples of one total
+    naive = ((parts[:, 0] + parts[:, 1]) + parts[:, 2]).view(-1, 3)
+    assert (naive.amax(1) != naive.amin(1)).sum() > 30
+    a, zero = tk.group_advantages(parts, 3, return_zero_variance=True)
+    assert a.eq(0).all() and zero.all()
 
 
 def test_small_but_real_variance_is_not_zero() -> None:

@@ -95,7 +95,7 @@ def reference_loss(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """The op's arguments -> loss, metrics [13] (0 for those that do not apply), in plain torch."""
-    n = {name: None if math.isnan(x) else x for name, x in Numbers(*numbers)._asdict().items()}
+    n: dict[str, Any] = {name: None if math.isnan(x) else x for name, x in Numbers(*numbers)._asdict().items()}
     items, length = n.pop("items"), n.pop("max_completion_length")
     loss, found = reference_policy_loss(
         logprob, old_logprob, advantages, mask, loss_type=loss_type, kl=kl, ref_logprob=ref_logprob,
@@ -105,7 +105,7 @@ def reference_loss(
         num_items_in_batch=items if num_items_in_batch is None else num_items_in_batch,
         max_completion_length=None if length is None else int(length), tau=(n.pop("tau_positive"), n.pop("tau_negative")),
         cu_seqlens=cu_seqlens, **n,
-    )  # type: ignore[arg-type]
+    )
     none = loss.new_zeros(())
     return loss, torch.stack([found.get(name, none).to(loss.dtype) for name in METRICS])
 
@@ -312,7 +312,7 @@ def policy_loss(
     if entropy is not None and not needs[1]:
         entropy = entropy.detach()
     nan = math.nan
-    number = num_items_in_batch is not None and items is None
+    number = nan if num_items_in_batch is None or isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     loss, values, *_ = policy_loss_op(
         _as(logprob, wide), _constant(old_logprob, wide), _constant(advantages, wide), mask, _as(ref_logprob, wide),
         _constant(rollout_logprob, wide), _as(entropy, wide), items, cu_seqlens, needs, loss_type, kl, rollout_correction,
@@ -321,11 +321,11 @@ def policy_loss(
             epsilon, epsilon if epsilon_high is None else epsilon_high, nan if delta is None else delta, beta,
             nan if rollout_clip[0] is None else rollout_clip[0], nan if rollout_clip[1] is None else rollout_clip[1],
             nan if off_policy_threshold is None else off_policy_threshold, entropy_coef,
-            nan if top_entropy is None else top_entropy, num_items_in_batch if number else nan,
+            nan if top_entropy is None else top_entropy, number,
             nan if max_completion_length is None else max_completion_length,
             nan if log_ratio_clamp is None else log_ratio_clamp, tau[0], tau[1],
         ),
-    )  # type: ignore[arg-type]
+    )
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     if off_policy_threshold is None:
         del metrics["off_policy_kept"]
