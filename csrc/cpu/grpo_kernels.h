@@ -7,5 +7,7 @@ namespace tk::TK_ISA {
 
 void linear_logprob_forward(const LinearLogprobForwardParams& p);
 void linear_logprob_backward(const LinearLogprobBackwardParams& p);
+void logprob_forward(const LogprobForwardParams& p);
+void logprob_backward(const LogprobBackwardParams& p);
 
 }  // namespace tk::TK_ISA

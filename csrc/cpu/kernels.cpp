@@ -21,6 +21,8 @@ const Kernels& table() {
       .linear_backward = linear_backward,
       .linear_logprob_forward = linear_logprob_forward,
       .linear_logprob_backward = linear_logprob_backward,
+      .logprob_forward = logprob_forward,
+      .logprob_backward = logprob_backward,
   };
   return kernels;
 }

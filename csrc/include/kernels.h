@@ -16,6 +16,8 @@ struct Kernels {
   void (*linear_backward)(const LinearBackwardParams&) = nullptr;
   void (*linear_logprob_forward)(const LinearLogprobForwardParams&) = nullptr;
   void (*linear_logprob_backward)(const LinearLogprobBackwardParams&) = nullptr;
+  void (*logprob_forward)(const LogprobForwardParams&) = nullptr;
+  void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.
