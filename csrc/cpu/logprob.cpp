@@ -16,6 +16,8 @@ constexpr int64_t kBlock = 2048;         // columns: 8 KiB of floats
 constexpr int64_t kChunk = 16 * kBlock;  // columns of one partial result
 constexpr int64_t kItem = 8 * kBlock;    // elements of a work item, at least, where rows are short
 
+template <class S> constexpr bool kExact = sizeof(S) == 4;
+
 // max u, Σ e^x and Σ x e^x of a chunk, x = (u − m) / τ.
 struct Partial {
   float m;
@@ -51,7 +53,7 @@ template <bool kEntropy, class S> void add_block(const S* y, int64_t n, const He
     for (int64_t i = 0; i < 4; ++i) {
       const int64_t k = j + i * W;
       vf x = j < whole ? load(y + k) : load_n(y + k, (int)(n - k)), slope;
-      if (capped) x = soft_capped(x, head, &slope);
+      if (capped) x = soft_capped<kExact<S>>(x, head, &slope);
       if (j >= whole) x = lane_index() < (int32_t)(n - k) ? x : minus_infinity();
       peaks[i] = max(peaks[i], x);
       if (!in_place || capped || n != padded) store(u + k, x);
@@ -105,9 +107,23 @@ template <class P> const char* row_of(const P& p, int64_t row, int64_t size) {
 template <class S> void forward(const LogprobForwardParams& p) {
   const Head head(p.temperature, p.softcap);
   const Items items(p.b * p.s, p.v);
-  Scratch<Partial> partials(items.rows * items.chunks);
+  Scratch<Partial> partials(items.chunks == 1 ? 0 : items.rows * items.chunks);
+  const auto finish = [&](int64_t row, const Partial& total) {
+    vf u = splat(to_float(((const S*)row_of(p, row, sizeof(S)))[p.target[row]])), slope;
+    if (head.softcap > 0) u = soft_capped<kExact<S>>(u, head, &slope);
+    const double log_sum = ::log(total.s);
+    p.lse[row] = (double)total.m / head.temperature + log_sum;
+    p.logprob[row] = (float)(((double)u[0] - total.m) / head.temperature - log_sum);
+    if (p.entropy) p.entropy[row] = (float)(log_sum - total.t / total.s);
+  };
   items.each(p.threads, [&](int64_t row, int64_t chunk) {
-    if (p.target[row] == p.ignore_index) return;
+    if (p.target[row] == p.ignore_index) {
+      if (chunk > 0) return;
+      p.logprob[row] = 0;
+      p.lse[row] = 0;
+      if (p.entropy) p.entropy[row] = 0;
+      return;
+    }
     const S* y = (const S*)row_of(p, row, sizeof(S));
     Partial total{-INFINITY, 0, 0};
     for (int64_t v = chunk * kChunk; v < least(p.v, (chunk + 1) * kChunk); v += kBlock) {
@@ -115,31 +131,21 @@ template <class S> void forward(const LogprobForwardParams& p) {
       if (p.entropy) add_block<true>(y + v, n, head, &total);
       else add_block<false>(y + v, n, head, &total);
     }
-    partials[row * items.chunks + chunk] = total;
+    if (items.chunks == 1) finish(row, total);
+    else partials[row * items.chunks + chunk] = total;
   });
-  for (int64_t row = 0; row < items.rows; ++row) {
-    const int64_t target = p.target[row];
-    if (target == p.ignore_index) {
-      p.logprob[row] = 0;
-      p.lse[row] = 0;
-      if (p.entropy) p.entropy[row] = 0;
-      continue;
-    }
+  if (items.chunks == 1) return;
+  parallel_for(p.threads, items.rows, [&](int64_t row, int) {
+    if (p.target[row] == p.ignore_index) return;
     Partial total = partials[row * items.chunks];
     for (int64_t chunk = 1; chunk < items.chunks; ++chunk) total.add(partials[row * items.chunks + chunk], head);
-    vf u = splat(to_float(((const S*)row_of(p, row, sizeof(S)))[target])), slope;
-    if (head.softcap > 0) u = soft_capped(u, head, &slope);
-    const double log_sum = ::log(total.s);
-    p.lse[row] = (double)total.m / head.temperature + log_sum;
-    p.logprob[row] = (float)(((double)u[0] - total.m) / head.temperature - log_sum);
-    if (p.entropy) p.entropy[row] = (float)(log_sum - total.t / total.s);
-  }
+    finish(row, total);
+  });
 }
 
 template <class S> void backward(const LogprobBackwardParams& p) {
   const Head head(p.temperature, p.softcap);
   const Items items(p.b * p.s, p.v);
-  constexpr bool kExact = sizeof(S) == 4;
   S* dlogits = (S*)p.dlogits;
   advise_huge(dlogits, items.rows * p.v * (int64_t)sizeof(S));
   items.each(p.threads, [&](int64_t row, int64_t chunk) {
@@ -153,9 +159,9 @@ template <class S> void backward(const LogprobBackwardParams& p) {
     const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.entropy[row]);
     const auto gradient = [&](vf x) {
       vf slope;
-      if (head.softcap == 0) return g.of<kExact>(x, head);
-      const vf u = soft_capped(x, head, &slope);
-      return g.of<kExact>(u, head) * slope;
+      if (head.softcap == 0) return g.of<kExact<S>>(x, head);
+      const vf u = soft_capped<kExact<S>>(x, head, &slope);
+      return g.of<kExact<S>>(u, head) * slope;
     };
     const int64_t whole = n / W * W;
 #pragma GCC unroll 2
@@ -164,8 +170,8 @@ template <class S> void backward(const LogprobBackwardParams& p) {
     const int64_t at = target - first;
     if (at < 0 || at >= n) return;
     vf slope = splat(1.0f), x = splat(to_float(y[at]));  // the target's own, one more time with its 1
-    const vf u = head.softcap > 0 ? soft_capped(x, head, &slope) : x;
-    dy[at] = from_float<S>(((g.of<kExact>(u, head) + g.g_logprob) * slope)[0]);
+    const vf u = head.softcap > 0 ? soft_capped<kExact<S>>(x, head, &slope) : x;
+    dy[at] = from_float<S>(((g.of<kExact<S>>(u, head) + g.g_logprob) * slope)[0]);
   });
 }
 

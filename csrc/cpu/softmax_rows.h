@@ -4,8 +4,9 @@
 //   statistics of a stretch of the row:  m = max u,  s = Σ e^((u − m) / τ),  t = Σ (u − m) / τ · e^((u − m) / τ)
 //   dz = g_lp (1[target] − p) − g_H p (log p + H),  dy = dz / τ · (1 − (u / c)²),  log p = (u − τ·lse) / τ
 //
-// Nothing here divides by τ or c element by element: a division takes longer than an exponential. The maximum is taken
-// of u, so that (u − m)·(1 / τ) loses no more than u / τ − m / τ would.
+// Nothing here divides by τ element by element: a division takes longer than an exponential. The maximum is taken of u, so
+// that (u − m)·(1 / τ) loses no more than u / τ − m / τ would. kExact is for logits that are exact themselves, float32 ones that
+// were given: what products with 1 / τ and 1 / c drop would then be most of the error.
 #pragma once
 
 #include "simd/vec.h"
@@ -13,9 +14,12 @@
 namespace tk::TK_ISA {
 
 struct Head {
-  float temperature, inverse_temperature, softcap, inverse_softcap;
+  float temperature, inverse_temperature, inverse_rest;  // 1 / τ in two floats
+  float softcap, inverse_softcap;
   Head(float temperature, float softcap)
-      : temperature(temperature), inverse_temperature(1 / temperature), softcap(softcap), inverse_softcap(softcap > 0 ? 1 / softcap : 0) {}
+      : temperature(temperature), inverse_temperature(1 / temperature),
+        inverse_rest((float)(1 / (double)temperature - inverse_temperature)), softcap(softcap),
+        inverse_softcap(softcap > 0 ? 1 / softcap : 0) {}
 };
 
 inline vf minus_infinity() { return splat(-INFINITY); }
@@ -24,8 +28,8 @@ inline vf finite_max(vf m) { return m == -INFINITY ? zero() : m; }
 inline float finite_max(float m) { return m == -INFINITY ? 0 : m; }
 
 // u of y; *slope is du/dy.
-inline vf soft_capped(vf y, const Head& head, vf* slope) {
-  const vf t = tanh(y * head.inverse_softcap);
+template <bool kExact> inline vf soft_capped(vf y, const Head& head, vf* slope) {
+  const vf t = tanh(kExact ? y / head.softcap : y * head.inverse_softcap);
   *slope = 1.0f - t * t;
   return head.softcap * t;
 }
@@ -69,13 +73,20 @@ struct RowGradient {
         shift((float)(lse * head.temperature)),
         shift_rest(isfinite(shift) ? (float)(lse * head.temperature - shift) : 0) {}
 
-  // dz / τ of one vector, the target's column apart. kExact: log p keeps what a float of its size drops, for logits that are
-  // exact themselves (p was off by four of its last places, torch's by two).
+  // dz / τ of one vector, the target's column apart.
   template <bool kExact> vf of(vf u, const Head& head) const {
-    const vf d = u - shift;
-    const vf rest = kExact ? (u - (d + shift)) - shift_rest : splat(-shift_rest);
-    const vf log_p = kExact ? d * head.inverse_temperature : (d + rest) * head.inverse_temperature;
-    const vf p = kExact ? exp_negative(log_p, d > -104.0f ? rest * head.inverse_temperature : zero()) : exp_negative(log_p);
+    const vf d = u - shift, x = d * head.inverse_temperature;
+    vf log_p, p;
+    if (kExact) {  // what d and x are too coarse to hold goes into the exponential apart
+      const vf dropped = (u - (d + shift)) - shift_rest;
+      vf rest = fma(d, splat(head.inverse_temperature), -x) + fma(d, splat(head.inverse_rest), dropped * head.inverse_temperature);
+      rest = x > -104.0f ? rest : zero();
+      log_p = x + rest;
+      p = exp_negative(x, rest);
+    } else {
+      log_p = (d - shift_rest) * head.inverse_temperature;
+      p = exp_negative(log_p);
+    }
     if (g_entropy == 0) return -g_logprob * p;
     const vf gradient = p * fma(splat(g_entropy), log_p + entropy, splat(g_logprob));
     return p > 0.0f ? -gradient : p;  // p log p = 0 at p = 0; a NaN stays

@@ -293,7 +293,7 @@ def linear_logprob(
     are accumulated in float32 in one fixed order, so a row's bits depend on that row alone.
     Raises ValueError or TypeError naming the argument. Cost: forward 2NDV FLOPs, with backward four times that (three
     with all logits kept). Extra memory of the backward beside the gradients: the [N, D] sums in float32, two packed
-    copies of hidden and a d(logits) buffer of at most 24 MiB (more only if N > 8192).
+    copies of hidden and a d(logits) buffer of 6 MiB, or of 1536 elements a row where that is more.
     """
     checks.tensor("hidden", hidden, (2, 3), "[N, D] or [B, S, D]")
     checks.tensor("weight", weight, 2, "[V, D]")

@@ -392,6 +392,14 @@ def head_case(name: str, N: int, D: int, V: int, *, bias: bool = False, small: b
     return Case("grpo", f"grpo/linear-logprob-{name}", inputs, run, ("hidden", "weight", *(("bias",) if bias else ())), small=small)
 
 
+def _torch_head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch does: logits of the tensors' dtype, the rest in float32."""
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    active = target != -100
+    lp = log_p.gather(1, target.clamp_min(0)[:, None])[:, 0]
+    return torch.where(active, lp, 0.0), torch.where(active, -(log_p.exp() * log_p).sum(-1), 0.0)
+
+
 def _token_loss(draw: Draw) -> Inputs:
     logprob = -draw.normal(4, 9, dtype=torch.float32).abs()
     mask = torch.ones(4, 9)
@@ -433,6 +441,10 @@ GRPO = [
     Case("grpo", "grpo/logprob",
          lambda draw: dict(logits=draw.normal(11, 203, scale=3.0), target=draw.integers(0, 203, 11)),
          lambda **x: tk.logprob(**x, temperature=0.8), ("logits",)),
+    Case("grpo", "grpo/logprob-softcap",
+         lambda draw: dict(logits=draw.normal(3, 7, 4099, scale=3.0)[:, :-1], target=draw.integers(-1, 4099, 3, 6)),
+         lambda **x: tk.logprob(**x, softcap=9.0, ignore_index=-1), ("logits",)),
+    replace(head_case("keep-logits", 25, 40, 1009, keep_logits=True), baseline=_torch_head),
     Case("grpo", "grpo/advantages", _rewards, lambda **x: tk.group_advantages(**x, group_size=4)),
     loss_case("grpo"),
     loss_case("dr_grpo", max_completion_length=9),
