@@ -110,7 +110,7 @@ def test_views_of_hidden(dtype: torch.dtype) -> None:
 def test_kept_logits(dtype: torch.dtype) -> None:
     case = _case(31, dtype, 211, 40, 1601)
     plain = _ours(case)
-    block = 211 * 384 * case[0][0].element_size()
+    block = 211 * 400 * case[0][0].element_size()
     for keep in (True, 5 * block, 2 * block + 1, block - 1):  # all; all; two blocks of five; none
         kept = _ours(case, keep_logits=keep)
         for name, a, b in zip(RESULTS, kept, plain, strict=True):
@@ -127,7 +127,7 @@ def test_kept_logits_are_not_recomputed() -> None:
     args = (1.0, 0.0, -100, False)
     ones = torch.ones(10)
     lp, ent, lse, kept = torch.ops.thinkernel.linear_logprob_forward(hidden, weight, target, None, *args, 2)
-    assert kept.shape == (2, 10, 384)
+    assert kept.shape == (2, 10, 400)
 
     def dweight(weight: Tensor, kept: Tensor) -> Tensor:
         return torch.ops.thinkernel.linear_logprob_backward(

@@ -120,9 +120,20 @@ template <class S> const float* load_bias(const S* bias, int64_t first, int64_t 
   return dst;
 }
 
-// The kept sums of a row: [block][N][kBlock], rows in the order of the active ones.
-template <class S> S* kept_row(void* kept, int64_t N, int64_t v, int64_t row) {
-  return (S*)kept + (v / kBlock * N + row) * kBlock;
+// Kept logits: [block][N][kKeptRow], rows in the order of the active ones; a row is u − center of its block's words, then the
+// center as a float. In 16 bits they are centered on their mean under p: what carries the probability is then rounded least
+// (uncentered, a certain word's p would be off by 2 %), and float32 keeps its bits (center 0).
+constexpr int64_t kKeptRow = kBlock + 16;
+template <class S> S* kept_row(const void* kept, int64_t N, int64_t v, int64_t row) {
+  return (S*)kept + (v / kBlock * N + row) * kKeptRow;
+}
+template <class S> void keep_row(const float* u, int64_t cols, const Head& head, float m, float s, float t, S* kept) {
+  float center = sizeof(S) == 4 ? 0 : m + head.temperature * t / s;
+  if (!isfinite(center)) center = 0;
+  for (int64_t j = 0; j < cols; j += W) {  // past cols there is room
+    store_flushed(kept + j, load(u + j) - center);
+  }
+  memcpy((void*)(kept + kBlock), &center, sizeof center);
 }
 
 template <class S> void forward(const LinearLogprobForwardParams& p) {
@@ -135,7 +146,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
   if (n == 0) return;
   const Head head(p.temperature, p.softcap);
-  if (p.kept_blocks) advise_huge(p.kept, p.kept_blocks * p.n * kBlock * (int64_t)sizeof(S));
+  if (p.kept_blocks) advise_huge(p.kept, p.kept_blocks * p.n * kKeptRow * (int64_t)sizeof(S));
   const bool entropy = p.entropy != nullptr;
 
   const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
@@ -166,7 +177,6 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t r = chunk * kRows, count = least(kRows, n - r);
         G::gemm(count, cols, D, left + r * Dp, packed, tile, kBlock, false);
-        if (keep) write_block(tile, count, cols, kBlock, (const S*)nullptr, kept_row<S>(p.kept, p.n, v, r), kBlock);
         const bool opens = v == super * kSuper;
         const Partial out = partial(super, r);
         const Partial block = opens ? out : Partial{stats[0], stats[1], stats[2]};
@@ -176,7 +186,8 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
             continue;
           }
           float* row = tile + i * kBlock;
-          row_statistics(row, cols, head, bias, entropy, block.m + i, block.s + i, block.t + i);
+          row_statistics(row, cols, head, bias, entropy || keep, block.m + i, block.s + i, block.t + i);
+          if (keep) keep_row(row, cols, head, block.m[i], block.s[i], block.t[i], kept_row<S>(p.kept, p.n, v, r + i));
           const int64_t column = p.target[rows.index[r + i]] - v;
           if (column >= 0 && column < cols) target_u[r + i] = row[column];
         }
@@ -199,23 +210,27 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   });
 }
 
-// sums → dy for one row of a tile; `column` is the target's, or anything outside the tile.
-template <class S>
-inline void row_gradient(const S* sums, float* dy, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
+// dy of one row of a tile from its sums h·w, or from its kept logits; `column` is the target's, or anything outside the tile.
+template <bool kKept, class S>
+inline void row_gradient(const S* row, float* dy, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
                          int64_t column) {
-  const auto gradient = [&](vf u, float one) {
-    if (head.softcap == 0) return g.of<false>(u, head) + one;
-    vf slope;
-    u = soft_capped<false>(u, head, &slope);
-    return (g.of<false>(u, head) + one) * slope;
+  float center = 0;
+  if (kKept) memcpy(&center, row + kBlock, sizeof center);
+  const auto gradient = [&](vf x, float one) {
+    vf slope, u = kKept ? x + center : head.softcap > 0 ? soft_capped<false>(x, head, &slope) : x;
+    const vf du = g.of<false>(u, head) + one;
+    if (head.softcap == 0) return du;
+    u *= head.inverse_softcap;
+    return du * (1.0f - u * u);
   };
+  const bool here = column >= 0 && column < cols, biased = !kKept && bias;
   float at_target = 0;
-  if (column >= 0 && column < cols) at_target = gradient(splat(to_float(sums[column]) + (bias ? bias[column] : 0)), g.g_logprob)[0];
-  if (bias)
-    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(sums + j) + load(bias + j), 0));
+  if (here) at_target = gradient(splat(to_float(row[column]) + (biased ? bias[column] : 0)), g.g_logprob)[0];
+  if (biased)
+    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(row + j) + load(bias + j), 0));
   else
-    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(sums + j), 0));
-  if (column >= 0 && column < cols) dy[column] = at_target;
+    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(row + j), 0));
+  if (here) dy[column] = at_target;
 }
 
 // A block of sums into C: added to a float C, or rounded once into C's dtype.
@@ -284,8 +299,8 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
           const int64_t row = rows.index[r + i], column = p.target[row] - v;
           const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.dentropy ? p.entropy[row] : 0);
           float* dy_row = tile + i * kBlock;
-          if (kept) row_gradient(kept_row<S>((void*)p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
-          else row_gradient(dy_row, dy_row, cols, head, bias, g, column);
+          if (kept) row_gradient<true>(kept_row<S>(p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
+          else row_gradient<false>(dy_row, dy_row, cols, head, bias, g, column);
         }
         for (int64_t i = 0; dhidden && i < count; i += G::MR)
           G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);

@@ -34,6 +34,16 @@ template <bool kExact> inline vf soft_capped(vf y, const Head& head, vf* slope) 
   return head.softcap * t;
 }
 
+// A gradient or a kept logit into its dtype. The instruction for bf16 flushes what is below 1e-38 to zero, and takes a fifth of
+// the time.
+template <class S> inline void store_flushed(S* to, vf x) { store(to, x); }
+#if defined(__AVX512BF16__)
+template <> inline void store_flushed<bf16>(bf16* to, vf x) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  memcpy((void*)to, &rounded, sizeof rounded);
+}
+#endif
+
 // e^(x + rest) as vec.h's exp, for x <= 0 or hardly more (no bound above: it saves a fifth of the instructions) and a rest
 // that x is too coarse to hold.
 inline vf exp_negative(vf x, vf rest = zero()) {

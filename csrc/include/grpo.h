@@ -22,8 +22,8 @@ struct LinearLogprobForwardParams {
   float* entropy;           // [N] or null (then its work is saved); 0 where ignored
   double* lse;              // [N]: log-sum-exp of z, for the backward (rounded to float it would tilt every p of its row
                             // by up to 5e-7 at lse = 10); 0 where ignored
-  void* kept;               // [kept_blocks, N, 384] of dtype: the products h·w of the first kept_blocks blocks of 384 words,
-  int64_t kept_blocks;      // rows in the order of the active ones
+  void* kept;               // [kept_blocks, N, 400] of dtype: logits of the first kept_blocks blocks of 384 words, for the
+  int64_t kept_blocks;      // backward (csrc/cpu/grpo.cpp, kKeptRow)
   int32_t threads;
 };
 

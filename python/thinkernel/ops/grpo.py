@@ -21,7 +21,7 @@ from thinkernel.reference.policy_loss import policy_loss as _reference_policy_lo
 
 # ---- linear_logprob --------------------------------------------------------------------------------------------
 
-KEPT_BLOCK = 384  # words of a block of kept logits: csrc/cpu/grpo.cpp's kBlock
+KEPT_BLOCK, KEPT_ROW = 384, 400  # words of a block of kept logits, elements of its rows: csrc/cpu/grpo.cpp
 KEPT_BYTES = 1 << 30  # what keep_logits=True may take
 
 linear_logprob_forward = Op(
@@ -29,7 +29,7 @@ linear_logprob_forward = Op(
     f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {HEAD}, SymInt keep=0) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, target, bias, t, s, i, e, keep=0: (
         *(hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in (wide(hidden), wide(hidden), torch.float64)),
-        hidden.new_empty((keep, hidden.shape[0], KEPT_BLOCK)),
+        hidden.new_empty((keep, hidden.shape[0], KEPT_ROW)),
     ),
 )
 _BACKWARD = (
@@ -84,8 +84,8 @@ def _reference_forward(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tens
 
 
 def _kept(hidden: Tensor, keep: int) -> Tensor:
-    """Room for the logits of `keep` blocks of words: [keep, N, 384]."""
-    return hidden.new_empty((keep, hidden.shape[0], KEPT_BLOCK))
+    """Room for the logits of `keep` blocks of words."""
+    return hidden.new_empty((keep, hidden.shape[0], KEPT_ROW))
 
 
 @linear_logprob_backward.kernel("reference")
@@ -277,10 +277,11 @@ def linear_logprob(
         weight: [V, D] in hidden's dtype; any V.
         target: [N] or [B, S] integers in 0..V − 1, or ignore_index: such a row gives 0, 0, gradient 0 and no work.
         bias: [V]. temperature: > 0. softcap: c > 0 or None. entropy: False returns None for it and saves its work.
-        keep_logits: True keeps the products h·w of the first blocks of 384 words, as many as 1 GiB holds (an integer: that
-            many bytes), so that the backward skips their recomputation, one GEMM of four. They are kept in hidden's dtype:
-            float32 gives the gradients of the default mode bit for bit, bfloat16 and float16 round the backward's logits
-            as torch does (the forward's results stay as they are). CPU alone; elsewhere it changes nothing.
+        keep_logits: True keeps the logits of the first blocks of 384 words, as many as 1 GiB holds (an integer: that many
+            bytes), so that the backward skips their recomputation, one GEMM of four. They are kept in hidden's dtype:
+            float32 gives the gradients of the default mode bit for bit; in bfloat16 and float16 each block is kept centered
+            on its mean, so that p errs by 2⁻⁹ (2⁻¹²) of a word's distance from it, less than with torch's logits of that
+            dtype; the results of the forward stay as they are. CPU alone; elsewhere it changes nothing.
         group: a torch.distributed group over which the vocabulary is sharded: weight [V/world, D] and bias hold this rank's
             words (any number of them), in rank order; hidden and target, global token numbers, are the same on all ranks,
             and so are the results. Their gradients must be the same too. dhidden is summed over the ranks here, in rank
@@ -330,7 +331,7 @@ def _kept_blocks(hidden: Tensor, weight: Tensor, budget: int) -> int:
     """How many blocks of words' logits fit; there are kernels that keep them on the CPU alone."""
     if budget == 0 or hidden.shape[0] == 0 or hidden.device.type != "cpu" or hidden.dtype not in DTYPE_CODES:
         return 0
-    size = hidden.shape[0] * KEPT_BLOCK * hidden.element_size()
+    size = hidden.shape[0] * KEPT_ROW * hidden.element_size()
     return min(budget // size, (weight.shape[0] + KEPT_BLOCK - 1) // KEPT_BLOCK)
 
 
