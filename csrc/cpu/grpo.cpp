@@ -23,7 +23,7 @@ constexpr int64_t kRows = 192;               // rows of a logits tile: a multipl
 constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (forward)
 constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
 constexpr int64_t kMaxSuper = 4 * kStep;
-constexpr int64_t kGradientBytes = 6 << 20;  // dy kept at a time, in both layouts together (24 MiB is no faster)
+constexpr int64_t kGradientBytes = 12 << 20; // dy kept at a time, in both layouts together (24 MiB is no faster)
 constexpr int64_t kDepth = 256;              // columns of D in a work item of dh and dW
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -130,9 +130,9 @@ template <class S> S* kept_row(const void* kept, int64_t N, int64_t v, int64_t r
 template <class S> void keep_row(const float* u, int64_t cols, const Head& head, float m, float s, float t, S* kept) {
   float center = sizeof(S) == 4 ? 0 : m + head.temperature * t / s;
   if (!isfinite(center)) center = 0;
-  for (int64_t j = 0; j < cols; j += W) {  // past cols there is room
-    store_flushed(kept + j, load(u + j) - center);
-  }
+  for (int64_t j = 0; j < cols; j += W) store_flushed(kept + j, load(u + j) - center);
+  const int64_t end = round_up(cols, W);
+  memset((void*)(kept + end), 0, (kKeptRow - end) * sizeof(S));
   memcpy((void*)(kept + kBlock), &center, sizeof center);
 }
 
@@ -144,9 +144,11 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   memset(p.logprob, 0, p.n * sizeof(float));
   memset(p.lse, 0, p.n * sizeof(double));
   if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
-  if (n == 0) return;
   const Head head(p.temperature, p.softcap);
   if (p.kept_blocks) advise_huge(p.kept, p.kept_blocks * p.n * kKeptRow * (int64_t)sizeof(S));
+  for (int64_t block = 0; block < p.kept_blocks && n < p.n; ++block)
+    memset((void*)kept_row<S>(p.kept, p.n, block * kBlock, n), 0, (p.n - n) * kKeptRow * sizeof(S));
+  if (n == 0) return;
   const bool entropy = p.entropy != nullptr;
 
   const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
@@ -211,14 +213,14 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
 }
 
 // dy of one row of a tile from its sums h·w, or from its kept logits; `column` is the target's, or anything outside the tile.
-template <bool kKept, class S>
+template <bool kExact, bool kKept, class S>
 inline void row_gradient(const S* row, float* dy, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
                          int64_t column) {
   float center = 0;
   if (kKept) memcpy(&center, row + kBlock, sizeof center);
   const auto gradient = [&](vf x, float one) {
     vf slope, u = kKept ? x + center : head.softcap > 0 ? soft_capped<false>(x, head, &slope) : x;
-    const vf du = g.of<false>(u, head) + one;
+    const vf du = g.of<kExact>(u, head) + one;
     if (head.softcap == 0) return du;
     u *= head.inverse_softcap;
     return du * (1.0f - u * u);
@@ -281,8 +283,8 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   for (int64_t v0 = 0; v0 < V; v0 += super) {
     const int64_t width = least(super, V - v0), width_p = G::padded_k(width), blocks = ceil_div(width, kBlock);
 
-    // ---- dy of this super-block, in both layouts
-    const int64_t groups = least(chunks, ceil_div(4 * p.threads, blocks)), group = ceil_div(chunks, groups);
+    // ---- dy of this super-block, in both layouts (each group of rows packs W anew, so as few as feed the threads)
+    const int64_t groups = least(chunks, ceil_div(2 * p.threads, blocks)), group = ceil_div(chunks, groups);
     parallel_for(p.threads, blocks * groups, [&](int64_t item, int thread) {
       const int64_t at = item / groups * kBlock, v = v0 + at, cols = least(kBlock, V - v);
       const int64_t first = item % groups * group, last = least(chunks, first + group);
@@ -299,8 +301,9 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
           const int64_t row = rows.index[r + i], column = p.target[row] - v;
           const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.dentropy ? p.entropy[row] : 0);
           float* dy_row = tile + i * kBlock;
-          if (kept) row_gradient<true>(kept_row<S>(p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
-          else row_gradient<false>(dy_row, dy_row, cols, head, bias, g, column);
+          constexpr bool exact = sizeof(S) == 4;
+          if (kept) row_gradient<exact, true>(kept_row<S>(p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
+          else row_gradient<exact, false>(dy_row, dy_row, cols, head, bias, g, column);
         }
         for (int64_t i = 0; dhidden && i < count; i += G::MR)
           G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);

@@ -5,8 +5,8 @@
 //   dz = g_lp (1[target] − p) − g_H p (log p + H),  dy = dz / τ · (1 − (u / c)²),  log p = (u − τ·lse) / τ
 //
 // Nothing here divides by τ element by element: a division takes longer than an exponential. The maximum is taken of u, so
-// that (u − m)·(1 / τ) loses no more than u / τ − m / τ would. kExact is for logits that are exact themselves, float32 ones that
-// were given: what products with 1 / τ and 1 / c drop would then be most of the error.
+// that (u − m)·(1 / τ) loses no more than u / τ − m / τ would. kExact is for float32 tensors, whose
+// logits may be exact: what products with 1 / τ and 1 / c drop would then be most of the error.
 #pragma once
 
 #include "simd/vec.h"

@@ -80,7 +80,7 @@ def _reference_head(
 def _reference_forward(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lp, ent = _reference_head(hidden, *args[:7])
     # the reference's backward needs no lse and keeps nothing
-    return lp, ent, torch.zeros_like(lp, dtype=torch.float64), _kept(hidden, args[-1])
+    return lp, ent, torch.zeros_like(lp, dtype=torch.float64), _kept(hidden, args[-1]).zero_()
 
 
 def _kept(hidden: Tensor, keep: int) -> Tensor:
@@ -182,7 +182,7 @@ def _triton_forward(
         hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
         softcap=softcap or None, ignore_index=ignore_index,
     )
-    return lp, ent, lse.double(), _kept(hidden, keep)
+    return lp, ent, lse.double(), _kept(hidden, keep).zero_()
 
 
 @linear_logprob_backward.kernel("triton", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
@@ -288,13 +288,14 @@ def linear_logprob(
             order. Eager mode and the cpu kernels alone; torch.compile breaks the graph at it.
 
     Where weight has a `main_grad` (Megatron's convention: contiguous float32 [V, D]), the backward adds the weight's
-    gradient to it in float32, unrounded, and returns none; in eager mode, with the kernels.
+    gradient to it in float32 and returns none: the cpu kernels the unrounded sums, other kernels the gradient in weight's
+    dtype. In eager mode without autocast (a compiled graph or a cast copy does not see it), and not on the reference.
 
     Returns logprob, entropy: float32, of target's shape. Both are differentiable in hidden, weight and bias; the sums
     are accumulated in float32 in one fixed order, so a row's bits depend on that row alone.
     Raises ValueError or TypeError naming the argument. Cost: forward 2NDV FLOPs, with backward four times that (three
     with all logits kept). Extra memory of the backward beside the gradients: the [N, D] sums in float32, two packed
-    copies of hidden and a d(logits) buffer of 6 MiB, or of 1536 elements a row where that is more.
+    copies of hidden and a d(logits) buffer of 12 MiB, or of 1536 elements a row where that is more.
     """
     checks.tensor("hidden", hidden, (2, 3), "[N, D] or [B, S, D]")
     checks.tensor("weight", weight, 2, "[V, D]")
