@@ -111,10 +111,10 @@ def measure(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype) -> lis
         whole = min(m for name, m in medians.items() if name.startswith("torch + entropy"))
         print(f"{str(dtype)[6:]} {N}x{V} {work}: floor {floor:.1f} ms (reads {rate:.1f} GB/s)")
         for name, median in medians.items():
-            peak = peak_mib(args, N, V, dtype, passes == 3, name) if args.memory else float("nan")
+            peak = peak_mib(args, N, V, dtype, passes == 3, name) if args.memory else None
             best = whole if "+ entropy" in name else plain
             print(f"  {name:30} median {median:8.1f} ms  best {min(times[name]):8.1f}  {median / floor:5.2f}x floor"
-                  f"  best of torch / this {best / median:5.2f}  +{peak:.0f} MiB", flush=True)
+                  f"  best of torch / this {best / median:5.2f}{"" if peak is None else f"  +{peak:.0f} MiB"}", flush=True)
             rows.append({"dtype": str(dtype), "N": N, "V": V, "work": work, "form": name, "median_ms": median,
                          "best_ms": min(times[name]), "floor_ms": floor, "read_gb_per_s": rate, "best_torch_over_this": best / median,
                          "extra_peak_mib": peak})
