@@ -101,9 +101,10 @@ def measure(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype) -> lis
         times: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
             run()
-        for _ in range(args.repeats):
-            for name, run in runs.items():
-                times[name].append(milliseconds(run))
+        for repeat in range(args.repeats):  # from another one each time: who comes before leaves memory in its state
+            names = list(runs)
+            for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+                times[name].append(milliseconds(runs[name]))
         medians = {name: statistics.median(t) for name, t in times.items()}
         rate = max((256 << 20) / medians.pop(name) * 1e-6 for name in bandwidth) if bandwidth else float("nan")  # GB/s
         floor = passes * N * V * dtype.itemsize / rate * 1e-6
@@ -113,8 +114,9 @@ def measure(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype) -> lis
         for name, median in medians.items():
             peak = peak_mib(args, N, V, dtype, passes == 3, name) if args.memory else None
             best = whole if "+ entropy" in name else plain
+            memory = "" if peak is None else f"  +{peak:.0f} MiB"
             print(f"  {name:30} median {median:8.1f} ms  best {min(times[name]):8.1f}  {median / floor:5.2f}x floor"
-                  f"  best of torch / this {best / median:5.2f}{"" if peak is None else f"  +{peak:.0f} MiB"}", flush=True)
+                  f"  best of torch / this {best / median:5.2f}{memory}", flush=True)
             rows.append({"dtype": str(dtype), "N": N, "V": V, "work": work, "form": name, "median_ms": median,
                          "best_ms": min(times[name]), "floor_ms": floor, "read_gb_per_s": rate, "best_torch_over_this": best / median,
                          "extra_peak_mib": peak})
