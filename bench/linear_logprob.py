@@ -1,11 +1,12 @@
 """linear_logprob on the CPU against PyTorch's forms of it, interleaved in one run: forward, forward + backward.
 
     python bench/linear_logprob.py
-    python bench/linear_logprob.py --rows 2048 --hidden 1024 --vocab 32768 --dtypes bfloat16 float32 --compiled
+    python bench/linear_logprob.py --shapes 2048x1024x32768 2048x896x151936 --dtypes bfloat16 float32 --compiled
 
 Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (torch's own 2048³ matmul at that
-minute), the floor (1 or 4 GEMMs of 2NDV FLOPs at torch's quiet GEMM rate), our packed GEMM's rate (tk.linear, 2048³) and the
-peak extra memory of one call, each in a child process. Results go to bench/results/.
+minute), the floor (1 or 4 GEMMs of 2NDV FLOPs at torch's quiet GEMM rate), our packed GEMM's rate (tk.linear, 2048³) and
+(--memory) the extra memory of a first call, each in a child process: the rise of the high-water mark less what every form
+must return, logprob and the gradients of hidden and weight. Results go to bench/results/.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from pathlib import Path
 
 import thinkernel as tk
 import torch
+import torch.nn.functional as F
 from thinkernel.ops.dispatch import C
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 GEMM = {torch.float32: 0.37e12, torch.bfloat16: 2.4e12}  # torch's 2048³ matmul on 2 quiet cores of the reference machine
@@ -36,26 +39,39 @@ def naive(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, target[:, None])[:, 0]
 
 
+def chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: int = 256) -> Tensor:
+    """naive on `rows` rows at a time; the backward computes each chunk's logits again."""
+    pairs = zip(hidden.split(rows), target.split(rows), strict=True)
+    return torch.cat([checkpoint(naive, h, weight, t, use_reentrant=False) for h, t in pairs])
+
+
 def contestants(args: argparse.Namespace, dtype: torch.dtype, backward: bool) -> Runs:
     generator = torch.Generator().manual_seed(0)
-    N, D, V = args.rows, args.hidden, args.vocab
+    N, D, V = args.shape
     hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(V, D, generator=generator) * D**-0.5).to(dtype).requires_grad_()
     target = torch.randint(0, V, (N,), generator=generator)
     g = torch.randn(N, generator=generator)
 
-    def ours() -> Tensor:
-        return tk.linear_logprob(hidden, weight, target, entropy=False)[0]
-
-    def ours_entropy() -> tuple[Tensor, ...]:
-        return tk.linear_logprob(hidden, weight, target)
-
     forms: dict[str, Callable[[], object]] = {
-        "thinkernel": ours, "thinkernel + entropy": ours_entropy, "torch": lambda: naive(hidden, weight, target)
+        "thinkernel": lambda: tk.linear_logprob(hidden, weight, target, entropy=False)[0],
+        "thinkernel + entropy": lambda: tk.linear_logprob(hidden, weight, target),
+        "thinkernel, keep_logits": lambda: tk.linear_logprob(hidden, weight, target, entropy=False, keep_logits=True)[0],
+        "naive": lambda: naive(hidden, weight, target),
+        "cross_entropy": lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none"),
+        "chunked, checkpoint": lambda: chunked(hidden, weight, target),
     }
+    if hasattr(F, "linear_cross_entropy"):
+        forms["F.linear_cross_entropy"] = lambda: -F.linear_cross_entropy(hidden, weight, target, reduction="none")
+        if backward:  # its gradients are made in the forward, so it has the sum alone: every row weighs the same
+            options = torch.nn.LinearCrossEntropyOptions()
+            forms["F.linear_cross_entropy, chunked, sum"] = lambda: -F.linear_cross_entropy(
+                hidden, weight, target, reduction="sum", options=options)
     if args.compiled:
         compiled = torch.compile(naive)
-        forms["torch compiled"] = lambda: compiled(hidden, weight, target)
+        forms["naive, compiled"] = lambda: compiled(hidden, weight, target)
+    if args.forms:
+        forms = {name: form for name, form in forms.items() if name in args.forms}
 
     def forward(form: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -68,7 +84,7 @@ def contestants(args: argparse.Namespace, dtype: torch.dtype, backward: bool) ->
         def run() -> object:
             out = form()
             outs = out if isinstance(out, tuple) else (out,)
-            return torch.autograd.grad(outs, (hidden, weight), [g] * len(outs))
+            return torch.autograd.grad(outs, (hidden, weight), [g if out.dim() else g[0] for out in outs])
 
         return run
 
@@ -94,15 +110,20 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, obje
             for name, run in runs.items():
                 times[name].append(milliseconds(run))
         medians = {name: statistics.median(t) for name, t in times.items()}
-        floor = 1e3 * gemms * 2 * args.rows * args.hidden * args.vocab / GEMM[dtype]
+        N, D, V = args.shape
+        floor = 1e3 * gemms * 2 * N * D * V / GEMM[dtype]
+        best = min(m for name, m in medians.items() if "thinkernel" not in name and name not in gauges)
         rates = {name: 2 * 2048**3 / medians.pop(name) * 1e-9 for name in gauges}
-        print(f"{dtype} {work}: floor {floor:.0f} ms; torch gemm {rates['torch gemm']:.2f} TFLOP/s, packed {rates['packed gemm']:.2f}")
+        speed = f"TFLOP/s: torch {rates['torch gemm']:.2f}, packed {rates['packed gemm']:.2f}"
+        print(f"{dtype} {N}x{D}x{V} {work}: floor {floor:.0f} ms; {speed}")
         for name, median in medians.items():
-            peak = peak_mib(args, dtype, gemms == 4, name)
-            ratio = medians["torch"] / median
-            print(f"  {name:22} median {median:8.1f} ms  best {min(times[name]):8.1f}  {ratio:5.2f}x torch  +{peak:.0f} MiB", flush=True)
-            rows.append({"dtype": str(dtype), "work": work, "form": name, "median_ms": median, "best_ms": min(times[name]),
-                         "extra_peak_mib": peak, "floor_ms": floor, "gemm_tflops": rates})
+            peak = peak_mib(args, dtype, gemms == 4, name) if args.memory else None
+            memory = "" if peak is None else f"  +{peak:.1f} MiB beside results"
+            print(f"  {name:36} median {median:8.1f} ms  best {min(times[name]):8.1f}  best of torch / this {best / median:5.2f}{memory}",
+                  flush=True)
+            rows.append({"dtype": str(dtype), "N": N, "D": D, "V": V, "work": work, "form": name, "median_ms": median,
+                         "best_ms": min(times[name]), "best_torch_over_this": best / median, "extra_mib_beside_results": peak,
+                         "floor_ms": floor, "gemm_tflops": rates})
     return rows
 
 
@@ -112,11 +133,12 @@ def high_water_kib(key: str) -> int:
 
 
 def peak_mib(args: argparse.Namespace, dtype: torch.dtype, backward: bool, form: str) -> float:
-    """Rise of the high-water mark during the first call, in a process of its own; outputs and gradients count."""
-    command = [sys.executable, __file__, "--rows", str(args.rows), "--hidden", str(args.hidden), "--vocab", str(args.vocab),
-               "--threads", str(args.threads), "--dtypes", str(dtype)[6:], "--peak", form]
-    command += ["--compiled"] * args.compiled + ["--backward"] * backward
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    """Rise of the high-water mark during the first call, in a process of its own, less what every form returns."""
+    N, D, V = args.shape
+    command = [sys.executable, __file__, "--shapes", f"{N}x{D}x{V}", "--threads", str(args.threads), "--dtypes", str(dtype)[6:],
+               "--peak", form, *["--compiled"] * args.compiled, *["--backward"] * backward]
+    rise = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return rise - (4 * N + backward * (N * D + V * D) * dtype.itemsize) / 2**20
 
 
 def commit() -> str:
@@ -125,34 +147,39 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--shapes", nargs="+", default=["2048x1024x32768"], help="rows x hidden x vocabulary")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="also torch.compile's form (compiling takes a minute)")
+    parser.add_argument("--forms", nargs="+", help="only these (naive must be among them)")
+    parser.add_argument("--memory", action="store_true", help="also the extra memory")
+    parser.add_argument("--out", default="linear_logprob_cpu.json", help="file in bench/results/")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    shapes = [tuple(int(x) for x in shape.split("x")) for shape in args.shapes]
+    args.shape = shapes[0]
     if args.peak:
         run = contestants(args, getattr(torch, args.dtypes[0]), args.backward)[args.peak]
-        small = argparse.Namespace(**(vars(args) | {"rows": 8, "hidden": 32, "vocab": 64}))
+        small = argparse.Namespace(**(vars(args) | {"shape": (8, 32, 64)}))
         contestants(small, getattr(torch, args.dtypes[0]), args.backward)[args.peak]()  # what loads on first use
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs
         before = high_water_kib("VmRSS")
         run()
         print((high_water_kib("VmHWM") - before) / 1024)
         return
-    rows = [row for dtype in args.dtypes for row in measure(args, getattr(torch, dtype))]
+    rows: list[dict[str, object]] = []
+    for args.shape in shapes:
+        for dtype in args.dtypes:
+            rows += measure(args, getattr(torch, dtype))
     RESULTS.mkdir(exist_ok=True)
     record = {
         "machine": platform.processor() or platform.machine(), "isa": C.isa(), "threads": args.threads, "commit": commit(),
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "rows": args.rows, "hidden": args.hidden,
-        "vocab": args.vocab, "repeats": args.repeats, "results": rows,
+        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "repeats": args.repeats, "results": rows,
     }
-    path = RESULTS / "linear_logprob_cpu.json"
+    path = RESULTS / args.out
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {path}")
 

@@ -392,6 +392,14 @@ def head_case(name: str, N: int, D: int, V: int, *, bias: bool = False, small: b
     return Case("grpo", f"grpo/linear-logprob-{name}", inputs, run, ("hidden", "weight", *(("bias",) if bias else ())), small=small)
 
 
+def _torch_head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch does: logits of the tensors' dtype, the rest in float32."""
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    active = target != -100
+    lp = log_p.gather(1, target.clamp_min(0)[:, None])[:, 0]
+    return torch.where(active, lp, 0.0), torch.where(active, -(log_p.exp() * log_p).sum(-1), 0.0)
+
+
 def token_loss(draw: Draw, *names: str, packed: bool = False) -> Inputs:
     """What policy_loss takes, with holes in the mask and an empty sequence; `names` are the optional tensors."""
     B, S = 4, 9
@@ -504,6 +512,10 @@ GRPO = [
          lambda **x: tk.logprob(**x, temperature=0.8), ("logits",)),
     *advantage_cases(),
     *loss_cases(),
+    Case("grpo", "grpo/logprob-softcap",
+         lambda draw: dict(logits=draw.normal(3, 7, 4099, scale=3.0)[:, :-1], target=draw.integers(-1, 4099, 3, 6)),
+         lambda **x: tk.logprob(**x, softcap=9.0, ignore_index=-1), ("logits",)),
+    replace(head_case("keep-logits", 25, 40, 1009, keep_logits=True), baseline=_torch_head),
     Case("grpo", "grpo/grpo-loss", _grpo_loss, lambda **x: tk.grpo_loss(**x)[0], ("hidden", "weight")),
 ]
 
