@@ -123,10 +123,10 @@ class ThinkernelGRPO(_Base):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.loss == "trl":
             return super()._compute_loss(model, inputs)
-        completion_mask = inputs["completion_mask"]  # [B, C]
-        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         for name in sorted(set(inputs) - _INPUTS):
             raise NotImplementedError(f"{name}: loss='thinkernel' does not know this input; multimodal ones are not covered")
+        completion_mask = inputs["completion_mask"]  # [B, C]
+        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         logprob, entropy, balance = self._get_per_token_logps_and_entropies(
             model, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1), torch.cat([inputs["prompt_mask"], completion_mask], 1),
             completion_mask.shape[1], compute_entropy=True, compute_aux_loss=self.aux_loss_enabled,
