@@ -182,7 +182,8 @@ def test_loss_from_hidden_is_head_then_loss() -> None:
     assert_bitwise(apart, whole)
     assert_bitwise(function, whole)
     assert all(not value.requires_grad for value in metrics.values())
-    for a, b in zip(torch.autograd.grad(apart, [x["hidden"], head.weight], retain_graph=True), torch.autograd.grad(whole, [x["hidden"], head.weight])):
+    apart_gradients, whole_gradients = (torch.autograd.grad(loss, [x["hidden"], head.weight], retain_graph=True) for loss in (apart, whole))
+    for a, b in zip(apart_gradients, whole_gradients):
         assert_bitwise(a, b)
 
 

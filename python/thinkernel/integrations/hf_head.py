@@ -14,10 +14,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinkernel.ops.grpo import linear_logprob
 
+# `model` below is a transformers.PreTrainedModel, a type that only its users have.
 PROBE_LOGIT = 64.0  # how large the probe makes its largest logit: past every softcap in use (30, 50)
 
 
@@ -42,9 +43,9 @@ class HeadOutput(NamedTuple):
     aux_loss: Tensor | None
 
 
-def head_formula(model: nn.Module) -> HeadFormula:
+def head_formula(model: Any) -> HeadFormula:
     """Read from the model's configuration, under the names transformers uses."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
         value = getattr(config, name, None)
@@ -59,12 +60,12 @@ def head_formula(model: nn.Module) -> HeadFormula:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, formula: HeadFormula) -> None:
+def check_head(model: Any, formula: HeadFormula) -> None:
     """NotImplementedError unless the model's own logits are the formula's, tried on one row of eight tokens.
 
     The head's input is blown up on the way, or a small model's logits would be too small for a softcap to show.
     """
-    backbone, head = model.base_model, model.get_output_embeddings()  # type: ignore[operator]
+    backbone, head = model.base_model, model.get_output_embeddings()
     name = type(model).__name__
     if head is None or not isinstance(getattr(head, "weight", None), Tensor) or backbone is model:
         raise NotImplementedError(f"model: {name} has no backbone with one linear head (get_output_embeddings) over it")
@@ -72,7 +73,7 @@ def check_head(model: nn.Module, formula: HeadFormula) -> None:
         raise NotImplementedError(f"model: {name} is partitioned by DeepSpeed ZeRO-3, which hides the head's weight; ZeRO-2 and FSDP2 work")
     if any(p.is_meta for p in model.parameters()):
         return  # another process holds the weights, and tries them
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(8, device=next(model.parameters()).device).unsqueeze(0) % vocabulary  # [1, 8]
     training, factor = model.training, 1.0
     model.eval()
@@ -96,7 +97,7 @@ def check_head(model: nn.Module, formula: HeadFormula) -> None:
         )
 
 
-def add_logprob_head(model: nn.Module) -> None:
+def add_logprob_head(model: Any) -> None:
     """Gives the model's forward two more arguments: with `completion_targets` [B, C] it returns a HeadOutput.
 
     completion_targets: the last C tokens, −100 where none is scored. head_options: a dict of temperature (1.0), entropy
@@ -111,27 +112,27 @@ def add_logprob_head(model: nn.Module) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(
-        self: nn.Module, *args: Any, completion_targets: Tensor | None = None, head_options: dict[str, Any] | None = None, **kwargs: Any
+        self: Any, *args: Any, completion_targets: Tensor | None = None, head_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         if completion_targets is None:
             return previous(*args, **kwargs)
         return _score(self, formula, args, kwargs, completion_targets, **(head_options or {}))
 
-    model._thinkernel_head = formula  # type: ignore[assignment]
+    model._thinkernel_head = formula
     model.forward = types.MethodType(forward, model)
 
 
 def _score(
-    model: nn.Module, formula: HeadFormula, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, *,
+    model: Any, formula: HeadFormula, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor, *,
     temperature: float = 1.0, entropy: bool = True, aux_loss: bool = False, float32: bool = False, keep_logits: bool = False,
 ) -> HeadOutput:
     """The backbone, then linear_logprob of the positions that predict the targets."""
     kwargs = {name: value for name, value in kwargs.items() if name != "labels"} | {"use_cache": False}  # PEFT hands labels=None on
     if aux_loss:
         kwargs["output_router_logits"] = True
-    outputs = model.base_model(*args, **kwargs)  # type: ignore[operator]
+    outputs = model.base_model(*args, **kwargs)
     # Looked up in each call: FSDP and PEFT replace the head after this forward was put in.
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "full_tensor"):  # a DTensor outside its gathering
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
@@ -146,11 +147,11 @@ def _score(
             hidden, weight, targets.to(weight.device), bias=bias, entropy=entropy, keep_logits=keep_logits,
             **formula.arguments(temperature),
         )  # each [B, C]
-    balance = None
+    balance: Any = None
     if aux_loss:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        config = model.config.get_text_config()
         balance = load_balancing_loss_func(
             outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
         )
