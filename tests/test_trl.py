@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -142,21 +143,26 @@ def test_run_of_adapters(tiny: Path, loss: str) -> None:
     same_log(ours.state.log_history, stock.state.log_history)
 
 
+def two_processes(path: Path, out: Path, kind: str) -> None:
+    """tests/trl_run.py as a script, twice, over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(ROOT / "tests" / "trl_run.py"), str(path), str(out), kind]
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    try:
+        assert [process.wait(timeout=400) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_run_in_two_processes(tiny: Path, tmp_path: Path) -> None:
     """DistributedDataParallel over gloo: same completions, losses, metrics and parameters as TRL's, on both ranks."""
-    ports = itertools.count(29_641)
     for kind in ("stock", "trl", "thinkernel"):
-        port = str(next(ports))
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "trl_run.py"), str(tiny), str(tmp_path), kind],
-                env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                     "ACCELERATE_USE_CPU": "true"},
-            )
-            for rank in ("0", "1")
-        ]  # fmt: skip
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+        two_processes(tiny, tmp_path, kind)
     for rank, kind in itertools.product((0, 1), ("trl", "thinkernel")):
         stock, ours = (torch.load(tmp_path / f"{k}.{rank}.pt", weights_only=False) for k in ("stock", kind))
         assert ours["generations"] == stock["generations"]
@@ -259,6 +265,25 @@ def test_head_refuses_other_logits(untied: Path) -> None:
         add_logprob_head(model)
     with pytest.raises(NotImplementedError, match="Qwen2Model has no backbone"):
         add_logprob_head(load(untied).model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp, head"])
+def test_head_of_a_sharded_model(untied: Path, tmp_path: Path, kind: str) -> None:
+    """FSDP2 over two processes, the head's weight gathered with the root or sharded on its own: the whole model's values."""
+    two_processes(untied, tmp_path, kind)
+    model = load(untied)
+    add_logprob_head(model)
+    ids = torch.randint(3, TINY["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(2))
+    lp, ent, _ = model(input_ids=ids, completion_targets=ids[:, -5:], head_options={"temperature": 0.9})
+    ((lp + ent).sum() / 2).backward()  # FSDP averages over processes
+    ranks = [torch.load(tmp_path / f"fsdp.{rank}.pt") for rank in (0, 1)]
+    for i, whole in enumerate((lp, ent)):
+        torch.testing.assert_close(torch.cat([rank["scores"][i] for rank in ranks]), whole.detach(), rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        for rank in ranks:
+            atol = 1e-5 * float(parameter.grad.abs().max())
+            torch.testing.assert_close(rank["gradients"][name], parameter.grad, rtol=1e-4, atol=atol)
 
 
 def test_nothing_of_the_size_of_the_logits(untied: Path) -> None:

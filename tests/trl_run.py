@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from thinkernel.integrations.hf_head import add_logprob_head
 from thinkernel.integrations.trl import GRPOTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback
@@ -116,10 +117,35 @@ def run(kind: type, path: Path, **settings: Any) -> Any:
     return made
 
 
+def fsdp(path: Path, out: Path, shard_head: bool) -> None:
+    """The head of a model sharded by FSDP2 over two processes: log-probs and whole gradients, to OUT/fsdp.RANK.pt."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    model = load(path)
+    add_logprob_head(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if shard_head:  # on its own: its weight is still sharded when the model's forward reaches it
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    ids = torch.randint(3, TINY["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(2)).chunk(2)[dist.get_rank()]
+    lp, ent, _ = model(input_ids=ids, completion_targets=ids[:, -5:], head_options={"temperature": 0.9})
+    (lp + ent).sum().backward()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    torch.save({"scores": (lp.detach(), ent.detach()), "gradients": gradients}, out / f"fsdp.{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """One process of a data-parallel run; writes what it ends with to OUT/KIND.RANK.pt."""
     path, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
+    if kind.startswith("fsdp"):
+        return fsdp(path, out, kind == "fsdp, head")
     options = {"stock": {}, "trl": {}, "thinkernel": {"loss": "thinkernel"}}[kind]
     done = run(Stock if kind == "stock" else Ours, path, options=options, num_iterations=2, beta=0.04, loss_type="dapo", max_steps=2)
     assert done.accelerator.num_processes == 2 and isinstance(done.model_wrapped, torch.nn.parallel.DistributedDataParallel)

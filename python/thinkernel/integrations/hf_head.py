@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -133,20 +134,22 @@ def _score(
     outputs = model.base_model(*args, **kwargs)
     # Looked up in each call: FSDP and PEFT replace the head after this forward was put in.
     head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if hasattr(weight, "full_tensor"):  # a DTensor outside its gathering
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    hidden = outputs.last_hidden_state[:, -targets.shape[1] - 1 : -1].to(weight.device)  # [B, C, D]
-    kind = weight.device.type
-    if float32:
-        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
-    elif not torch.is_autocast_enabled(kind):
-        hidden = hidden.to(weight.dtype)
-    with torch.autocast(kind, enabled=False) if float32 else nullcontext():
-        logprob, ent = linear_logprob(
-            hidden, weight, targets.to(weight.device), bias=bias, entropy=entropy, keep_logits=keep_logits,
-            **formula.arguments(temperature),
-        )  # each [B, C]
+    hidden = outputs.last_hidden_state[:, -targets.shape[1] - 1 : -1]  # [B, C, D]
+
+    def score(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        kind, hidden = weight.device.type, hidden.to(weight.device)
+        if float32:
+            hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+        elif not torch.is_autocast_enabled(kind):
+            hidden = hidden.to(weight.dtype)
+        with torch.autocast(kind, enabled=False) if float32 else nullcontext():
+            return linear_logprob(
+                hidden, weight, targets.to(weight.device), bias=bias, entropy=entropy, keep_logits=keep_logits,
+                **formula.arguments(temperature),
+            )
+
+    logprob, ent = _call_as(head, score, hidden)  # each [B, C]
     balance: Any = None
     if aux_loss:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -156,3 +159,16 @@ def _score(
             outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
         )
     return HeadOutput(logprob, ent, balance)
+
+
+def _call_as(module: Any, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """function(x) in place of module's forward, under the module's hooks: where FSDP2 shards the module on its own, it
+    gathers the weight there and reduces its gradient."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(x)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
