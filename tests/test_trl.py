@@ -394,6 +394,7 @@ def test_loss_is_trls(pair: tuple, name: str, dtype: torch.dtype, monkeypatch) -
         inputs["tool_mask"] = (torch.rand(b, c, generator=g) < 0.7).long()
     sampled = old + real(b, c, scale=0.2)
     if o.get("sampler"):
+        sampled[0, 1] = sampled[4] = float("nan")
         inputs["sampling_per_token_logps"] = sampled
     clip = (0.8, 1.3)
     if "vllm" in o:

@@ -154,6 +154,8 @@ def main() -> None:
          "losses": torch.stack(done.losses), "log": done.state.log_history},
         out / f"{kind}.{os.environ['RANK']}.pt",
     )  # fmt: skip
+    done.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -142,9 +142,13 @@ class ThinkernelGRPO(_Base):
             options["num_items_in_batch"], scale = items, 1.0
         # The bonus is a mean whatever the loss is divided by, and scaled for accumulation alone.
         bonus = self.entropy_coef / accumulation / scale
+        rollout = inputs.get("sampling_per_token_logps")
+        if rollout is not None and "rollout_correction" not in options:
+            # NaN, a token the sampler could not score, is no evidence of drift. policy_loss takes it as the old policy's.
+            rollout = torch.where(rollout.isnan(), logprob.detach(), rollout)
         loss, metrics = policy_loss(
             logprob, inputs.get("old_per_token_logps"), inputs["advantages"], mask, ref_logprob=inputs.get("ref_per_token_logps"),
-            rollout_logprob=inputs.get("sampling_per_token_logps"), entropy=entropy, entropy_coef=bonus, **options,
+            rollout_logprob=rollout, entropy=entropy, entropy_coef=bonus, **options,
         )
         loss = loss * scale
         if balance is not None:
