@@ -3,11 +3,12 @@
     python bench/head_step.py --preset qwen3 --json bench/results/head_step_qwen3.json
 
 The update is bench/train_step.py's: worked solutions of prompts × group sequences, forward, backward, AdamW, everything but
-the head on the usual backend. Heads, each forward + backward to the hidden states and the weight:
+the head on the usual backend. Heads, timed inside the update (forward, and backward from the gradient of the log-probs to
+that of the hidden states and the weight):
     linear_logprob  the model's own
     pytorch         logits of every position, log_softmax, gather, entropy; autograd
     reference       our reference: the same in plain PyTorch, only for the rows that have a target
-Head alone: hidden states and incoming gradients of that update. Interleaved, medians. --vocab V gives the model a larger
+Interleaved, medians. --vocab V gives the model a larger
 vocabulary (random rows): the demo's own has 48 tokens, which is far from where such a kernel pays most.
 Shapes: B sequences, S tokens, D hidden, V vocabulary.
 """
@@ -61,6 +62,25 @@ def build(args: argparse.Namespace) -> Transformer:
     return Transformer(replace(MODELS[args.preset], vocab_size=args.vocab))
 
 
+class HeadClock:
+    """Times a head inside somebody else's forward and backward."""
+
+    def __init__(self, head: LinearLogProb) -> None:
+        self.inner, head.forward = head.forward, self.forward
+
+    def forward(self, hidden: Tensor, target: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        lp, ent = self.inner(hidden, target, **options)
+        self.forward_seconds = time.perf_counter() - start
+        lp.register_hook(lambda grad: setattr(self, "begun", time.perf_counter()))
+        hidden.register_hook(lambda grad: setattr(self, "ended", time.perf_counter()))
+        return lp, ent
+
+    def seconds(self) -> float:
+        """Of the last update, forward and backward."""
+        return self.forward_seconds + self.ended - self.begun
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(MODELS), default="qwen3")
@@ -76,45 +96,33 @@ def main() -> None:
     config = TrainConfig(preset=args.preset)
     batch = fixed_batch(config.prompts * config.group)
     advantages = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(0))
-    trainers = {}
+    trainers, clocks = {}, {}
     for name in args.heads:
         model = build(args)
         if name != "linear_logprob":
             model.head.forward = types.MethodType(pytorch_head if name == "pytorch" else reference_head, model.head)
         trainers[name] = Trainer(model, config)
+        clocks[name] = HeadClock(model.head)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-
-    # What goes into the head and comes back to it in this update.
-    trainer = trainers[args.heads[0]]
-    with torch.no_grad():
-        hidden, _ = trainer.model.hidden_states(batch.tokens, lengths=batch.lengths)  # [B, S, D]
-    hidden.requires_grad_()
-    lp, ent = trainer.model.head(hidden, batch.targets, temperature=config.temperature)
-    loss, _ = trainer.loss(lp, batch.old_logprob, advantages, batch.mask, entropy=ent)
-    (seed,) = torch.autograd.grad(loss, lp)
-
-    def head(trainer: Trainer) -> None:
-        lp, _ = trainer.model.head(hidden, batch.targets, temperature=config.temperature)
-        torch.autograd.grad(lp, [hidden, trainer.model.head.weight], seed)
 
     times: dict[str, dict[str, list[float]]] = {name: {"head": [], "update": []} for name in args.heads}
     canary = []
     for repeat in range(args.repeats + 1):  # the first warms up
         canary.append(gemm_canary())
-        for name, trainer in trainers.items():
+        turn = repeat % len(args.heads)  # who follows the canary is slower
+        for name in args.heads[turn:] + args.heads[:turn]:
+            trainer = trainers[name]
             start = time.perf_counter()
-            head(trainer)
-            middle = time.perf_counter()
             trainer.update(batch, advantages)
             end = time.perf_counter()
             if repeat:
-                times[name]["head"].append(middle - start)
-                times[name]["update"].append(end - middle)
+                times[name]["head"].append(clocks[name].seconds())
+                times[name]["update"].append(end - start)
             trainer.model.load_state_dict(weights)
     medians = {name: {row: statistics.median(values) for row, values in rows.items()} for name, rows in times.items()}
-    tokens, vocabulary = int((batch.targets != -100).sum()), trainer.model.head.weight.shape[0]
+    tokens, (vocabulary, hidden) = int((batch.targets != -100).sum()), model.head.weight.shape
     print(
-        f"{args.preset}: {tuple(batch.tokens.shape)} tokens, {tokens} with a target, D = {hidden.shape[-1]}, V = {vocabulary}, "
+        f"{args.preset}: {tuple(batch.tokens.shape)} tokens, {tokens} with a target, D = {hidden}, V = {vocabulary}, "
         f"{args.threads} threads, medians of {args.repeats}, GEMM canary {min(canary):.0f}–{max(canary):.0f} GFLOP/s"
     )
     for name, row in medians.items():
@@ -124,7 +132,7 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         result = {
             "machine": machine(), "date": datetime.date.today().isoformat(), "commit": commit, "preset": args.preset,
-            "tokens": list(batch.tokens.shape), "tokens_with_target": tokens, "hidden": hidden.shape[-1], "vocab": vocabulary,
+            "tokens": list(batch.tokens.shape), "tokens_with_target": tokens, "hidden": hidden, "vocab": vocabulary,
             "gemm_canary_gflops": [round(min(canary)), round(max(canary))], "repeats": args.repeats, "median_seconds": medians,
         }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=2) + "\n")

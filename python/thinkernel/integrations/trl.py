@@ -47,7 +47,7 @@ class ThinkernelGRPO(_Base):
     softcap(scale·(h·Wᵀ + b)), DeepSpeed ZeRO-3, and with loss="thinkernel" the settings in `policy_options`.
     """
 
-    def __init__(self, *args: Any, loss: str = "trl", keep_logits: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: str = "trl", keep_logits: bool | int = False, **kwargs: Any) -> None:
         if loss not in ("trl", "thinkernel"):
             raise ValueError(f"loss: got {loss!r}, takes 'trl' or 'thinkernel'")
         self.loss, self.keep_logits = loss, keep_logits

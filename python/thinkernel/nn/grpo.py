@@ -24,18 +24,19 @@ class LinearLogProb(nn.Module):
     Call it inside the model's forward (FSDP2 gathers the weight and DistributedDataParallel arms its hooks there). To tie
     it to an embedding assign the parameter, `head.weight = embedding.weight`: both gradients are summed in it.
 
-    hidden: D. vocab: V, any number; with `group` the rows of this process, which targets count from the whole vocabulary.
+    hidden: D. vocab: V, any number; with `group` this process's share of it (targets stay numbers of the whole vocabulary).
     bias: a parameter [V], zeros at first. softcap: c of c·tanh(y / c). keep_logits, group: linear_logprob's.
     """
 
     def __init__(
-        self, hidden: int, vocab: int, *, bias: bool = False, softcap: float | None = None, keep_logits: bool = False,
+        self, hidden: int, vocab: int, *, bias: bool = False, softcap: float | None = None, keep_logits: bool | int = False,
         group: object | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, hidden))
         self.bias = nn.Parameter(torch.zeros(vocab)) if bias else None
-        self.softcap, self.keep_logits, self.group = softcap, keep_logits, group
+        self.softcap, self.group = softcap, group
+        self.keep_logits: Any = keep_logits
         nn.init.normal_(self.weight, std=hidden**-0.5)
 
     def forward(
