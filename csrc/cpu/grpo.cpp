@@ -210,7 +210,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows.index[r + i];
       const float log_sum = logf(total.s[i]);
-      p.lse[row] = (double)total.m[i] + log((double)total.s[i]);
+      p.lse[row] = (double)total.m[i] + ::log((double)total.s[i]);
       p.logprob[row] = (target_z[r + i] - total.m[i]) - log_sum;
       if (entropy) p.entropy[row] = log_sum - total.t[i] / total.s[i];
     }
