@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # torch comes from its own step: pinned, so that the CPU build is taken and no CUDA packages are pulled.
-REQUIREMENTS = torch triton "numpy<2.4" einops safetensors tqdm matplotlib transformers trl pytest pytest-xdist \
+REQUIREMENTS = torch triton "numpy<2.4" einops safetensors tqdm matplotlib transformers trl peft pytest pytest-xdist \
 	hypothesis mypy ruff setuptools wheel pybind11 cmake ninja
 export THINKERNEL_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
