@@ -255,8 +255,9 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   void *dhidden = p.dhidden, *dweight = p.dweight;
   const ActiveRows rows(p.target, p.n, p.ignore_index);
   const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D), np = G::padded_k(n);
-  if (dhidden && n < p.n) memset(dhidden, 0, p.n * D * (p.dhidden_float ? sizeof(float) : sizeof(S)));
+  const int64_t dh_bytes = D * (p.dhidden_float ? sizeof(float) : sizeof(S));
   if (n == 0) {
+    if (dhidden) memset(dhidden, 0, p.n * dh_bytes);
     if (dweight && !p.dweight_add) memset(dweight, 0, V * D * sizeof(S));
     if (dbias) memset((void*)dbias, 0, V * sizeof(S));
     return;
@@ -331,10 +332,11 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       });
 
     // ---- dW = dyᵀ·h
+    const int64_t step = least(kRows, round_up(ceil_div(width, ceil_div(p.threads, depths)), G::MR));  // a narrow one feeds all
     if (dweight)
-      parallel_for(p.threads, depths * ceil_div(width, kRows), [&](int64_t item, int thread) {
-        const int64_t d = item / ceil_div(width, kRows) * kDepth, cols = least(kDepth, D - d);  // its h stays in L2
-        const int64_t at = item % ceil_div(width, kRows) * kRows, count = least(kRows, width - at);
+      parallel_for(p.threads, depths * ceil_div(width, step), [&](int64_t item, int thread) {
+        const int64_t d = item / ceil_div(width, step) * kDepth, cols = least(kDepth, D - d);  // its h stays in L2
+        const int64_t at = item % ceil_div(width, step) * step, count = least(step, width - at);
         float* tile = tiles + thread * kRows * kBlock;
         G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, kDepth, false);
         write_gradient<S>(tile, count, cols, kDepth, p.dweight_add, dweight, (v0 + at) * D + d, D);
@@ -346,9 +348,14 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   }
   if (dhidden)
     parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
-      for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i)
-        if (p.dhidden_float) write_block(dh + i * dh_stride, 1, D, D, (const float*)nullptr, (float*)dhidden + rows.index[i] * D, D);
-        else write_block(dh + i * dh_stride, 1, D, D, (const S*)nullptr, (S*)dhidden + rows.index[i] * D, D);
+      for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i) {
+        // The ignored rows before this one, and behind the last one, are zeroed here, by all threads.
+        const int64_t row = rows.index[i], before = i > 0 ? rows.index[i - 1] + 1 : 0;
+        if (before < row) memset((char*)dhidden + before * dh_bytes, 0, (row - before) * dh_bytes);
+        if (p.dhidden_float) write_block(dh + i * dh_stride, 1, D, D, (const float*)nullptr, (float*)dhidden + row * D, D);
+        else write_block(dh + i * dh_stride, 1, D, D, (const S*)nullptr, (S*)dhidden + row * D, D);
+        if (i == n - 1) memset((char*)dhidden + (row + 1) * dh_bytes, 0, (p.n - row - 1) * dh_bytes);
+      }
     });
 }
 
