@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import triton
-from thinkernel.kernels import attention, attention_backward, attention_decode, configs, grpo, linear
+from thinkernel.kernels import attention, attention_backward, attention_decode, configs, grpo, grpo_logits, linear
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -86,7 +86,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, linear):
+        for module in (attention, attention_backward, attention_decode, grpo, grpo_logits, linear):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -123,17 +123,28 @@ def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = Fal
 
 
 def logprob_forward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
-    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.empty(3, 256)
-    target = torch.zeros(256, dtype=torch.int64)
-    return lambda: grpo.linear_logprob_forward(h, w, target, None, *rows, **options)
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.empty(2, 256)
+    target, lse = torch.zeros(256, dtype=torch.int64), torch.empty(256, dtype=torch.float64)
+    return lambda: grpo.linear_logprob_forward(h, w, target, None, *rows, lse, **options)
 
 
 def logprob_backward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
-    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(4, 256)
-    target = torch.zeros(256, dtype=torch.int64)
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(3, 256)
+    target, lse = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.float64)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
     buffer = 256 * 2048 * h.element_size()  # half of the vocabulary, so that dhidden continues from chunk to chunk
-    return lambda: grpo.linear_logprob_backward(h, w, target, None, *rows, dh, dw, None, buffer_bytes=buffer, **options)
+    return lambda: grpo.linear_logprob_backward(h, w, target, None, lse, *rows, dh, dw, None, buffer_bytes=buffer, **options)
+
+
+def logits_forward_call(dtype: torch.dtype, V: int = 151936, **options) -> Callable[[], None]:
+    logits, target, rows = torch.empty(16, V, dtype=dtype), torch.zeros(16, dtype=torch.int64), torch.empty(2, 16)
+    return lambda: grpo_logits.logprob_forward(logits, target, *rows, torch.empty(16, dtype=torch.float64), **options)
+
+
+def logits_backward_call(dtype: torch.dtype, V: int = 151936, **options) -> Callable[[], None]:
+    logits, target, rows = torch.empty(16, V, dtype=dtype), torch.zeros(16, dtype=torch.int64), torch.zeros(3, 16)
+    lse, dlogits = torch.zeros(16, dtype=torch.float64), torch.empty(16, V, dtype=dtype)
+    return lambda: grpo_logits.logprob_backward(logits, target, lse, *rows, dlogits, **options)
 
 
 def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: bool = True) -> Callable[[], None]:

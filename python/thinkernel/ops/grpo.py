@@ -172,12 +172,11 @@ def _triton_forward(
 
     hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
     lp, ent, lse = _row_buffers(hidden, entropy)
-    lse = lse.float()  # the kernel's precision
     kernels.linear_logprob_forward(
         hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
         softcap=softcap or None, ignore_index=ignore_index,
     )
-    return lp, ent, lse.double()
+    return lp, ent, lse
 
 
 @linear_logprob_backward.kernel("triton", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
@@ -192,7 +191,7 @@ def _triton_backward(
     dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
     dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
     kernels.linear_logprob_backward(
-        hidden, weight, target, bias, lse.float(), ent, dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
+        hidden, weight, target, bias, lse.contiguous(), ent.contiguous(), dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
         dw if need_weight else None, db if need_bias else None, temperature=temperature, softcap=softcap or None,
         ignore_index=ignore_index,
     )
