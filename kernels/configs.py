@@ -259,6 +259,11 @@ def logits(dtype: torch.dtype) -> Rows:
     return Rows(2048, 32, 64, 1, 1) if INTERPRET else LOGITS[kind(dtype)]
 
 
+def policy_block() -> int:
+    """Tokens of one program of policy_loss: part of the result's bits."""
+    return 8 if INTERPRET else 1024
+
+
 def key_split() -> int:
     return 64 if INTERPRET else KEY_SPLIT
 

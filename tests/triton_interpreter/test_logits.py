@@ -41,9 +41,9 @@ def make(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, softcap=5.0)], ids=str)
-@pytest.mark.parametrize("shape", [(2000, 50), (4000, 7), (1500, 64), (400, 309), (3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5000, 50), (8000, 7), (6000, 64), (1200, 309), (3, 1)], ids=str)
 def test_within_the_rule(shape: tuple[int, int], options: dict, dtype: torch.dtype) -> None:
-    inputs = make(*shape, dtype)
+    inputs = make(*shape, dtype)  # many rows: the worst of a few hundred is a matter of luck, for torch and for us
     for g_ent in (inputs[3], None):
         found, want, base = run(*inputs[:3], g_ent, **options), *(truth(t, *inputs[:3], g_ent, **options) for t in (torch.float64, dtype))
         for name, x, ref, same in zip(("logprob", "entropy", "dlogits"), found, want, base, strict=True):
