@@ -110,6 +110,19 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, linear_logprob_forward, LinearLogprobForwardParams);
   TK_BIND_KERNEL(m, linear_logprob_backward, LinearLogprobBackwardParams);
 
+  using tk::PolicyLossParams, tk::GroupAdvantagesParams;
+  bind_params<PolicyLossParams>(m, "PolicyLossParams", TK_FIELDS(PolicyLossParams, form, level, reduction, kl, rollout,
+      kl_correction, off_policy, ratio_low, ratio_high, delta, log_ratio_clamp, beta, rollout_low, rollout_high,
+      off_policy_threshold, tau_positive, tau_negative, sequences, length, cu_seqlens, logprob, old_logprob, ref_logprob,
+      rollout_logprob, entropy, advantages, mask, logprob_stride, old_logprob_stride, ref_logprob_stride,
+      rollout_logprob_stride, entropy_stride, advantages_stride, mask_stride, advantage_per_token, mask_bytes, mask_is_float,
+      total, top_entropy, entropy_coef, loss, metrics, dlogprob, dref_logprob, dentropy, threads));
+  bind_params<GroupAdvantagesParams>(m, "GroupAdvantagesParams", TK_FIELDS(GroupAdvantagesParams, samples, rewards_each,
+      rewards, group_size, group_ids, weights, token_counts, normalize, normalize_then_sum, eps, correction, advantages,
+      zero_variance));
+  TK_BIND_KERNEL(m, policy_loss, PolicyLossParams);
+  TK_BIND_KERNEL(m, group_advantages, GroupAdvantagesParams);
+
 #ifdef TK_WITH_CUDA
   bind_params<tk::TopkParams>(m, "TopkParams", TK_FIELDS(tk::TopkParams, scores, lengths, values, indices, workspace,
       workspace_bytes, dtype, rows, length, row_stride, k, chunk));

@@ -21,6 +21,8 @@ const Kernels& table() {
       .linear_backward = linear_backward,
       .linear_logprob_forward = linear_logprob_forward,
       .linear_logprob_backward = linear_logprob_backward,
+      .policy_loss = policy_loss,
+      .group_advantages = group_advantages,
   };
   return kernels;
 }

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "grpo.h"
 #include "linear.h"
+#include "policy_loss.h"
 
 namespace tk {
 
@@ -16,6 +17,8 @@ struct Kernels {
   void (*linear_backward)(const LinearBackwardParams&) = nullptr;
   void (*linear_logprob_forward)(const LinearLogprobForwardParams&) = nullptr;
   void (*linear_logprob_backward)(const LinearLogprobBackwardParams&) = nullptr;
+  void (*policy_loss)(const PolicyLossParams&) = nullptr;
+  void (*group_advantages)(const GroupAdvantagesParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

@@ -1,4 +1,4 @@
-"""GRPO ops: log-probabilities without logits, advantages, policy loss. Formulas: reference/grpo.py and its parts.
+"""GRPO ops: log-probabilities without logits (advantages, policy loss: ops/policy_loss.py). Formulas: reference/grpo.py.
 
 Shapes: N rows (tokens), D hidden, V vocabulary, B sequences, S tokens of a sequence, R rewards.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from thinkernel.ops import checks
 from thinkernel.ops.dispatch import C
-from thinkernel.ops.library import Op, gradients, plain, reference_op
+from thinkernel.ops.library import Op, gradients, reference_op
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
+from thinkernel.ops.policy_loss import group_advantages as group_advantages
+from thinkernel.ops.policy_loss import policy_loss as policy_loss
 from thinkernel.reference import grpo as reference
-from thinkernel.reference.advantages import group_advantages as _reference_advantages
-from thinkernel.reference.policy_loss import policy_loss as _reference_policy_loss
 
 _HEAD = "float temperature, float softcap, int ignore_index, bool entropy"
 
@@ -329,96 +329,7 @@ def logprob(
     return lp, ent if entropy else None
 
 
-# ---- advantages and policy loss: plain torch over [B, S] --------------------------------------------------------
-
-
-def group_advantages(
-    rewards: Tensor,
-    group_size: int | None = None,
-    *,
-    group_ids: Tensor | None = None,
-    normalize: str = "group",
-    aggregation: str = "sum_then_normalize",
-    whiten_over: str = "samples",
-    weights: Tensor | None = None,
-    eps: float = 1e-6,
-    correction: int = 1,
-    return_zero_variance: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Advantages of sampled completions within their groups: rewards [R] or [R, n_rewards] -> [R].
-
-    Groups are group_size neighbours or the samples of equal group_ids [R]. normalize: "group" (r − m) / (std + eps)
-    (GRPO, arXiv 2402.03300), "none" r − m (Dr. GRPO, 2503.20783), "batch", …; the table is in reference/advantages.py.
-    NaN rewards are unscorable and left out; a group of equal rewards gives exactly 0. weights [n_rewards] sums several
-    rewards. correction: 1 for the Bessel-corrected std, 0 for the population's. return_zero_variance: also return
-    bool [R], True where the sample's group teaches nothing.
-    """
-    checks.tensor("rewards", rewards, (1, 2), "[R] or [R, n_rewards]")
-    if group_size is not None:
-        checks.integer("group_size", group_size, 1)
-    if group_ids is not None:
-        checks.tensor("group_ids", group_ids, 1, "[R]", checks.INTEGERS)
-        checks.shape("group_ids", group_ids, rewards.shape[:1], "[R]")
-    plain("group_advantages", rewards)
-    advantages, zero_variance = _reference_advantages(
-        rewards, group_size, group_ids=group_ids, normalize=normalize, aggregation=aggregation, whiten_over=whiten_over,
-        weights=weights, eps=eps, correction=correction,
-    )
-    return (advantages, zero_variance) if return_zero_variance else advantages
-
-
-def policy_loss(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    loss_type: str = "dapo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    ref_logprob: Tensor | None = None,
-    kl_correction: bool = False,
-    importance_sampling_level: str = "token",
-    rollout_logprob: Tensor | None = None,
-    rollout_correction: str | None = None,
-    rollout_clip: tuple[float | None, float | None] = (None, 3.0),
-    off_policy_threshold: float | None = None,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    top_entropy: float | None = None,
-    num_items_in_batch: Tensor | float | None = None,
-    max_completion_length: int | None = None,
-    log_ratio_clamp: float | None = 20.0,
-    tau: tuple[float, float] = (1.0, 1.05),
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy objective over token log-probabilities -> loss (scalar), metrics (detached scalars).
-
-    logprob, old_logprob, mask: [B, S]; advantages [B] or [B, S]. loss_type: grpo, bnpo, dr_grpo, dapo (default), gspo,
-    cispo, sapo, luspo, vespo, …; every rule, normaliser and option is written down in reference/policy_loss.py.
-    dapo divides by num_items_in_batch, the **global** batch's tokens; by the active tokens given where it is None.
-    Differentiable in logprob, entropy and (kl_correction) what they depend on. Raises ValueError naming the argument.
-    """
-    dims = 1 if cu_seqlens is not None else 2
-    checks.tensor("logprob", logprob, dims, "[B, S] (packed: [N] with cu_seqlens)")
-    for name, x in (("old_logprob", old_logprob), ("ref_logprob", ref_logprob), ("rollout_logprob", rollout_logprob), ("entropy", entropy)):
-        if x is not None:
-            checks.tensor(name, x, dims, "logprob's shape")
-            checks.shape(name, x, logprob.shape, "logprob's shape")
-    checks.shape("mask", mask, logprob.shape, "logprob's shape")
-    checks.same_device("logprob", logprob, old_logprob=old_logprob, advantages=advantages, mask=mask)
-    plain("policy_loss", logprob)
-    return _reference_policy_loss(
-        logprob, old_logprob, advantages, mask, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
-        delta=delta, beta=beta, kl=kl, ref_logprob=ref_logprob, kl_correction=kl_correction,
-        importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
-        rollout_correction=rollout_correction, rollout_clip=rollout_clip, off_policy_threshold=off_policy_threshold,
-        entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy, num_items_in_batch=num_items_in_batch,
-        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=tau, cu_seqlens=cu_seqlens,
-    )
+# ---- the composition -------------------------------------------------------------------------------------------
 
 
 def grpo_loss(

@@ -23,6 +23,7 @@ def group_advantages(
     weights: Tensor | None = None,
     eps: float = 1e-6,
     correction: int = 1,
+    token_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """rewards [R] or [R, n] -> advantages [R], zero_variance bool [R] (the sample's group teaches nothing).
 
@@ -39,7 +40,8 @@ def group_advantages(
     ========  ===========================================  =====================================================
 
     Several rewards: "sum_then_normalize" takes r = Σ weights·rewards; "normalize_then_sum" (GDPO) the z-score of each
-    reward in its group, summed with ``weights``, then z-scored over all samples (``whiten_over="samples"``).
+    reward in its group, summed with ``weights``, then z-scored over the batch. ``whiten_over`` says what the statistics of
+    that z-score, and of "whiten", count: "samples" (TRL) or "tokens" (verl), each sample ``token_counts`` [R] times.
     NaN = unscorable: left out of every statistic; next to other rewards it adds 0; all NaN gives advantage 0.
     Zero variance is max == min over the scorable rewards of the group (of each reward for GDPO), and gives exactly 0:
     the formula alone leaves rounding noise there, which eps then blows up.
@@ -48,12 +50,15 @@ def group_advantages(
         raise ValueError(f"normalize: got {normalize!r}, takes one of {NORMALIZE}")
     if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
         raise ValueError(f"aggregation: got {aggregation!r}, takes 'sum_then_normalize' or 'normalize_then_sum'")
-    if whiten_over != "samples":
-        raise NotImplementedError(f"whiten_over: got {whiten_over!r}, the reference has 'samples' only")
+    if whiten_over not in ("samples", "tokens"):
+        raise ValueError(f"whiten_over: got {whiten_over!r}, takes 'samples' or 'tokens'")
+    if (whiten_over == "tokens") != (token_counts is not None):
+        raise ValueError("token_counts: takes the tokens of each sample [R] with whiten_over='tokens', and with that alone")
     r = rewards if rewards.dtype == torch.float64 else rewards.float()
     r = r.unsqueeze(-1) if r.dim() == 1 else r  # [R, n]
     w = r.new_ones(r.shape[-1]) if weights is None else weights.to(r)  # [n]
     place, shape = _group_places(r, group_size, group_ids)
+    often = r.new_ones(r.shape[0]) if token_counts is None else token_counts.to(r)  # [R]
     unscorable = r.isnan().all(-1)  # [R]
 
     if aggregation == "normalize_then_sum":
@@ -62,7 +67,7 @@ def group_advantages(
         z = (d / (s + eps)).masked_fill(constant, 0)
         a = _from_groups(z, place)  # [R, n]
         zero_variance = _from_groups(constant.all(-1).expand(shape), place)
-        a = _z_score((a * w).nansum(-1).masked_fill(unscorable, torch.nan), eps, correction)
+        a = _z_score((a * w).nansum(-1).masked_fill(unscorable, torch.nan), often, eps, correction)
     else:
         total = (r * w).nansum(-1).masked_fill(unscorable, torch.nan)  # [R]
         grouped = _to_groups(total.unsqueeze(-1), place, shape)  # [P, G, 1]
@@ -78,9 +83,9 @@ def group_advantages(
         elif normalize == "maxrl":
             d = (d / m).masked_fill(m == 0, 0)
         a = _from_groups(d.squeeze(-1), place)  # [R]
-        if normalize == "whiten":
-            a = _z_score(a, eps, correction)
         zero_variance = _from_groups(constant.squeeze(-1).expand(shape), place)
+        if normalize == "whiten":
+            a = _z_score(a.masked_fill(zero_variance & ~unscorable, 0), often, eps, correction)
     return a.masked_fill(zero_variance | unscorable, 0), zero_variance
 
 
@@ -95,10 +100,14 @@ def _center(x: Tensor, correction: int) -> tuple[Tensor, Tensor, Tensor]:
     return d, variance.sqrt(), (count <= 1) | (high == low)
 
 
-def _z_score(a: Tensor, eps: float, correction: int) -> Tensor:
-    """(a − mean) / (std + eps) over the non-NaN entries of a [R]; 0 when they are all equal."""
-    d, s, constant = _center(a.view(1, -1, 1), correction)
-    return (d / (s + eps)).masked_fill(constant, 0).flatten()
+def _z_score(a: Tensor, often: Tensor, eps: float, correction: int) -> Tensor:
+    """(a − mean) / (std + eps) over the non-NaN entries of a [R], entry i counting often[i] times; 0 when all are equal."""
+    seen = ~a.isnan()
+    n = often * seen  # [R]
+    total = n.sum()
+    d = a - (n * a.masked_fill(~seen, 0)).sum() / total
+    std = ((n * d.masked_fill(~seen, 0).square()).sum() / (total - correction).clamp(min=1)).sqrt()
+    return (d / (std + eps)).masked_fill(_center(a.view(1, -1, 1), correction)[2].flatten(), 0)
 
 
 def _group_places(r: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, tuple[int, int]]:

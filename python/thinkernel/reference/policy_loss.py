@@ -18,14 +18,14 @@ ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "seq
 
 # How per-token losses become one number. "sequence_mean": mean over B of the token mean. "sequence_sum": mean over B of
 # the token sum. "batch_mean": sum / active tokens. "global": sum / num_items_in_batch. "fixed": sum / (B * max length).
-_REDUCTION = {
+REDUCTION = {
     "grpo": "sequence_mean", "gspo": "sequence_mean", "sapo": "sequence_mean", "rloo": "sequence_mean",
     "bnpo": "batch_mean", "ppo": "batch_mean",
     "dapo": "global", "cispo": "global", "vespo": "global",
     "luspo": "sequence_sum", "reinforce": "sequence_sum",
     "dr_grpo": "fixed",
 }  # fmt: skip
-_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "ppo", "rloo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "ppo", "rloo")
 _MIN_LOG_WEIGHT, _MAX_LOG_WEIGHT = math.log(1e-8), 20.0  # vespo's range of the sequence log weight
 
 
@@ -95,18 +95,20 @@ def policy_loss(
     clamps it into ``rollout_clip``, "mask" zeroes it outside; a NaN rollout log-prob counts as equal to old.
     ``off_policy_threshold`` keeps a token whose A ≥ 0 or whose sequence has mean(log μ − logprob) ≤ threshold, μ the
     rollout's (or old) log-probs. ``top_entropy`` = 0.2 keeps the fifth of the active tokens with the highest entropy.
-    ``old_logprob=None`` is on-policy: old = logprob, detached.
+    ``old_logprob=None`` is on-policy: old = logprob, detached. Gradients flow to logprob, ref_logprob and entropy alone:
+    old_logprob, rollout_logprob and advantages are constants.
     ``cu_seqlens`` [B + 1]: every per-token tensor is packed [N] (advantages [B] or [N]).
     What masked positions hold, NaN included, never matters.
 
     Follows TRL's GRPOTrainer for the loss types it has (ppo and reinforce aside), checked against it in the tests.
     """
-    _check_arguments(
-        loss_type=loss_type, epsilon_high=epsilon_high, kl=kl, beta=beta, ref_logprob=ref_logprob,
+    check_arguments(
+        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, kl=kl, beta=beta, ref_logprob=ref_logprob,
         importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
-        rollout_correction=rollout_correction, entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy,
-        max_completion_length=max_completion_length,
-    )  # fmt: skip
+        rollout_correction=rollout_correction, rollout_clip=rollout_clip, off_policy_threshold=off_policy_threshold,
+        entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy, num_items_in_batch=num_items_in_batch,
+        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=tau,
+    )
     compute = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     if cu_seqlens is not None:
         unpack = _Unpack(cu_seqlens)
@@ -123,13 +125,14 @@ def policy_loss(
         return t.to(compute).masked_fill(~on, 0)
 
     logp = clean(logprob)  # [B, S]
-    old = logp.detach() if old_logprob is None else clean(old_logprob)
+    old = (logp if old_logprob is None else clean(old_logprob)).detach()
     rollout = old if rollout_logprob is None else clean(rollout_logprob)
     rollout = torch.where(rollout.isnan() & on, old, rollout).detach()
     entropy = None if entropy is None else clean(entropy)
     high = epsilon if epsilon_high is None else epsilon_high
-    a = advantages.to(compute)
-    a = a.unsqueeze(-1) if a.dim() == 1 else a.masked_fill(~on, 0)  # [B, 1] or [B, S]
+    a = advantages.detach().to(compute)
+    a = a.unsqueeze(-1) if a.dim() == 1 else a  # [B, 1] or [B, S]
+    a = a.masked_fill(~(on.any(-1, keepdim=True) if a.shape != on.shape else on), 0)
     tokens = active.sum(-1, keepdim=True).clamp(min=1)  # [B, 1]
 
     # ---- ratio
@@ -148,7 +151,7 @@ def policy_loss(
     is_ratio = _rollout_ratio(old.detach() - rollout, rollout_correction, rollout_clip)  # [B, S], [B, 1] or None
 
     # ---- loss per token
-    if loss_type in _CLIPPED:
+    if loss_type in CLIPPED:
         capped = ratio if delta is None else ratio.clamp(max=delta)
         loss = -torch.minimum(capped * a, ratio.clamp(1 - epsilon, 1 + high) * a)
     elif loss_type == "cispo":
@@ -186,7 +189,7 @@ def policy_loss(
         metrics["kl"] = _mean(divergence.detach(), active)
 
     # ---- reduction
-    loss = _reduce(loss, active, tokens, _REDUCTION[loss_type], num_items_in_batch, max_completion_length)
+    loss = _reduce(loss, active, tokens, REDUCTION[loss_type], num_items_in_batch, max_completion_length)
     metrics["policy_loss"] = loss.detach()
     if entropy_coef != 0 and entropy is not None:
         loss = loss - entropy_coef * (entropy * bonus_mask).sum() / bonus_mask.sum().clamp(min=1)
@@ -211,34 +214,52 @@ class _Unpack:
         return x[self.index] if x.numel() else x.new_zeros(self.index.shape)
 
 
-def _check_arguments(
+def check_arguments(
     *,
     loss_type: str,
+    epsilon: float,
     epsilon_high: float | None,
+    delta: float | None,
     kl: str,
     beta: float,
     ref_logprob: Tensor | None,
     importance_sampling_level: str,
     rollout_logprob: Tensor | None,
     rollout_correction: str | None,
+    rollout_clip: tuple[float | None, float | None],
+    off_policy_threshold: float | None,
     entropy: Tensor | None,
     entropy_coef: float,
     top_entropy: float | None,
+    num_items_in_batch: Tensor | float | None,
     max_completion_length: int | None,
+    log_ratio_clamp: float | None,
+    tau: tuple[float, float],
 ) -> None:
-    """Values that contradict each other, named."""
+    """Values out of range or that contradict each other, named."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: got {loss_type!r}, takes one of {LOSS_TYPES}")
     if importance_sampling_level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, takes 'token' or 'sequence'")
     if kl not in ("k1", "k2", "k3"):
         raise ValueError(f"kl: got {kl!r}, takes 'k1', 'k2' or 'k3'")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon: got {epsilon}, takes a number of at least 0")
+    if epsilon_high is not None and not epsilon_high >= 0:
+        raise ValueError(f"epsilon_high: got {epsilon_high}, takes a number of at least 0")
+    if delta is not None and not delta > 0:
+        raise ValueError(f"delta: got {delta}, takes a positive bound of the ratio")
+    for name, value in (("beta", beta), ("entropy_coef", entropy_coef)):
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name}: got {value}, takes a finite number")
     if beta != 0 and ref_logprob is None:
         raise ValueError(f"ref_logprob: got None, needed for beta = {beta}")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("epsilon_high: got None, cispo takes the raw upper bound of the ratio (typically 5.0)")
     if loss_type == "dr_grpo" and max_completion_length is None:
         raise ValueError("max_completion_length: got None, needed for loss_type 'dr_grpo'")
+    if max_completion_length is not None and max_completion_length < 1:
+        raise ValueError(f"max_completion_length: got {max_completion_length}, takes at least 1")
     if rollout_correction is not None:
         if rollout_correction not in ROLLOUT_CORRECTIONS:
             raise ValueError(f"rollout_correction: got {rollout_correction!r}, takes one of {ROLLOUT_CORRECTIONS}")
@@ -246,12 +267,23 @@ def _check_arguments(
             raise ValueError("rollout_logprob: got None, needed for rollout_correction")
         if loss_type == "vespo" and rollout_correction.startswith("sequence"):
             raise ValueError(f"rollout_correction: got {rollout_correction!r}, vespo takes the token forms")
+        low, high = (value if bound is None else bound for value, bound in zip((0.0, math.inf), rollout_clip, strict=True))
+        if not 0 <= low <= high:
+            raise ValueError(f"rollout_clip: got {rollout_clip}, takes (low, high) with 0 <= low <= high, None for no bound")
     if loss_type == "vespo" and importance_sampling_level == "sequence":
         raise ValueError("importance_sampling_level: got 'sequence', vespo forms its sequence weight itself")
+    if off_policy_threshold is not None and math.isnan(off_policy_threshold):
+        raise ValueError("off_policy_threshold: got nan, takes a number")
     if top_entropy is not None and not 0 < top_entropy <= 1:
         raise ValueError(f"top_entropy: got {top_entropy}, takes a fraction in (0, 1]")
     if entropy is None and (entropy_coef != 0 or top_entropy is not None):
         raise ValueError("entropy: got None, needed for entropy_coef and top_entropy")
+    if isinstance(num_items_in_batch, (int, float)) and not 0 <= num_items_in_batch < math.inf:
+        raise ValueError(f"num_items_in_batch: got {num_items_in_batch}, takes the count of the global batch's tokens")
+    if log_ratio_clamp is not None and not log_ratio_clamp > 0:
+        raise ValueError(f"log_ratio_clamp: got {log_ratio_clamp}, takes a positive bound or None")
+    if not all(0 < value < math.inf for value in tau):
+        raise ValueError(f"tau: got {tau}, takes two positive temperatures (A > 0, A <= 0)")
 
 
 def _rollout_ratio(log_ratio: Tensor, correction: str | None, clip: tuple[float | None, float | None]) -> Tensor | None:
@@ -342,7 +374,7 @@ def _ratio_metrics(
         "ratio_min": F.pad(ratio.masked_fill(~on, math.inf).flatten(), (0, 1), value=math.inf).amin(),
         "ratio_max": F.pad(ratio.masked_fill(~on, -math.inf).flatten(), (0, 1), value=-math.inf).amax(),
     }
-    if loss_type in _CLIPPED:
+    if loss_type in CLIPPED:
         low_clipped = ((ratio < 1 - epsilon) & (a < 0)).to(ratio.dtype)
         high_clipped = ((ratio > 1 + high) & (a > 0)).to(ratio.dtype)
         out["clip_low"] = _mean(low_clipped, active)

@@ -1,0 +1,454 @@
+"""GRPO ops beside the head: policy loss and group advantages. Formulas: reference/policy_loss.py, reference/advantages.py.
+
+Shapes: B sequences, S tokens of one, N packed tokens, R samples. policy_loss computes its gradients with the loss, in the
+same passes; the backward scales them. old_logprob, rollout_logprob and advantages are constants: no gradient flows there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinkernel.ops import checks
+from thinkernel.ops.dispatch import C
+from thinkernel.ops.library import Op, gradients
+from thinkernel.ops.memory import empty, pointer, rows_contiguous
+from thinkernel.reference.advantages import group_advantages as reference_advantages
+from thinkernel.reference.policy_loss import CLIPPED, REDUCTION, check_arguments
+from thinkernel.reference.policy_loss import policy_loss as reference_policy_loss
+
+# ---- policy_loss -----------------------------------------------------------------------------------------------
+
+# The enums of csrc/include/policy_math.h.
+_FORM = {**dict.fromkeys(CLIPPED, 0), "cispo": 1, "sapo": 2, "vespo": 3, "reinforce": 4}
+_REDUCTION = {"sequence_mean": 0, "sequence_sum": 1, "batch_mean": 2, "global": 2, "fixed": 2}
+_KL = {"k1": 1, "k2": 2, "k3": 3}
+_ROLLOUT = {None: 0, "token_truncate": 1, "token_mask": 2, "sequence_truncate": 3, "sequence_mask": 4}
+
+# csrc/include/policy_loss.h, PolicyMetric: the order of the op's second result.
+METRICS = (
+    "policy_loss", "approx_kl", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_fraction", "tokens",
+    "kl", "rollout_ratio", "off_policy_kept", "entropy",
+)  # fmt: skip
+
+# num_items_in_batch is a tensor or a number (`items`). The op's results: loss [], metrics [13], and d loss / d logprob,
+# entropy and ref_logprob, where the need_ flag is set (else of no elements). Its kernels take all of them in this order.
+policy_loss_op = Op(
+    "policy_loss",
+    "(Tensor logprob, Tensor? old_logprob, Tensor advantages, Tensor mask, Tensor? ref_logprob, Tensor? rollout_logprob, "
+    "Tensor? entropy, Tensor? num_items_in_batch, Tensor? cu_seqlens, bool need_logprob, bool need_entropy, bool need_ref, "
+    "str loss_type, float epsilon, float? epsilon_high, float? delta, float beta, str kl, bool kl_correction, "
+    "str importance_sampling_level, str? rollout_correction, float? rollout_low, float? rollout_high, "
+    "float? off_policy_threshold, float entropy_coef, float? top_entropy, float? items, int? max_completion_length, "
+    "float? log_ratio_clamp, float tau_positive, float tau_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logprob, *rest: (
+        logprob.new_empty(()),
+        logprob.new_empty(len(METRICS)),
+        *(logprob.new_empty(logprob.shape if need else 0) for need in rest[8:11]),
+    ),
+)
+policy_loss_backward = Op(
+    "policy_loss_backward",
+    "(Tensor dloss, Tensor[] gradients) -> Tensor[]",
+    lambda dloss, gradients: [torch.empty_like(g) for g in gradients],
+)
+
+
+@policy_loss_op.check
+def _check_contents(
+    logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
+    *rest: Any,
+) -> None:
+    if cu_seqlens is None:
+        return
+    checks.cumulative("cu_seqlens", cu_seqlens, logprob.shape[0])
+    if cu_seqlens.numel() == logprob.shape[0] + 1 and checks.checks_contents(cu_seqlens) and (cu_seqlens.diff() != 1).any():
+        raise ValueError(
+            f"advantages: got {logprob.shape[0]} for as many sequences as tokens, some of them empty: one per token or one per "
+            "sequence cannot be told apart; leave the empty sequences out"
+        )
+
+
+def reference_loss(
+    logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
+    need_logprob: bool, need_entropy: bool, need_ref: bool, loss_type: str, epsilon: float, epsilon_high: float | None,
+    delta: float | None, beta: float, kl: str, kl_correction: bool, importance_sampling_level: str,
+    rollout_correction: str | None, rollout_low: float | None, rollout_high: float | None,
+    off_policy_threshold: float | None, entropy_coef: float, top_entropy: float | None, items: float | None,
+    max_completion_length: int | None, log_ratio_clamp: float | None, tau_positive: float, tau_negative: float,
+) -> tuple[Tensor, Tensor]:
+    """The op's arguments -> loss, metrics [13] (0 for those that do not apply), in plain torch."""
+    loss, found = reference_policy_loss(
+        logprob, old_logprob, advantages, mask, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
+        delta=delta, beta=beta, kl=kl, ref_logprob=ref_logprob, kl_correction=kl_correction,
+        importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
+        rollout_correction=rollout_correction, rollout_clip=(rollout_low, rollout_high),
+        off_policy_threshold=off_policy_threshold, entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy,
+        num_items_in_batch=items if num_items_in_batch is None else num_items_in_batch,
+        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=(tau_positive, tau_negative),
+        cu_seqlens=cu_seqlens,
+    )
+    none = loss.new_zeros(())
+    return loss, torch.stack([found.get(name, none).to(loss.dtype) for name in METRICS])
+
+
+def _under_autograd(*args: Any) -> tuple[Tensor, ...]:
+    """The reference as the op's results; its gradients are autograd's, so those slots stay empty."""
+    none = args[0].new_empty(0)
+    return (*reference_loss(*args), none, none, none)
+
+
+@policy_loss_op.kernel("reference")
+def _reference(*args: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        loss, metrics = reference_loss(*args)
+    positions = [i for i, need in zip((0, 6, 4), args[9:12], strict=True) if need and args[i] is not None]
+    grads = gradients(lambda *a: reference_loss(*a)[0], args, positions, (torch.ones_like(loss),)) if positions else []
+    found = dict(zip(positions, grads, strict=True))
+    none = args[0].new_empty(0)
+    return loss, metrics, *(found.get(i, none) for i in (0, 6, 4))
+
+
+def covers(logprob: Tensor, *rest: Any) -> str | None:
+    """What the C++, Triton and CUDA kernels leave to the reference."""
+    return None if logprob.dtype == torch.float32 else f"logprob: takes float32, bfloat16 and float16, not {logprob.dtype}"
+
+
+def normaliser(
+    reduction: str, num_items_in_batch: Tensor | None, items: float | None, sequences: int, max_completion_length: int | None
+) -> float:
+    """What Reduction::total divides by (at least 1), or 0 for the active tokens of the batch."""
+    if reduction == "fixed":
+        return float(max(sequences, 1) * (max_completion_length or 1))
+    if reduction != "global" or (num_items_in_batch is None and items is None):
+        return 0.0
+    return max(1.0, float(num_items_in_batch) if num_items_in_batch is not None else float(items or 0))
+
+
+def _row(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x with a contiguous last dimension, and the stride between its rows."""
+    if x is None:
+        return None, 0
+    x = rows_contiguous(x)
+    return x, x.stride(0)
+
+
+@policy_loss_op.kernel("cpu", covers)
+def _cpu(
+    logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
+    need_logprob: bool, need_entropy: bool, need_ref: bool, loss_type: str, epsilon: float, epsilon_high: float | None,
+    delta: float | None, beta: float, kl: str, kl_correction: bool, importance_sampling_level: str,
+    rollout_correction: str | None, rollout_low: float | None, rollout_high: float | None,
+    off_policy_threshold: float | None, entropy_coef: float, top_entropy: float | None, items: float | None,
+    max_completion_length: int | None, log_ratio_clamp: float | None, tau_positive: float, tau_negative: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    per_token = advantages.shape == logprob.shape
+    shape = logprob.shape
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    logprob, logprob_stride = _row(logprob)
+    old_logprob, old_stride = _row(old_logprob)
+    ref_logprob, ref_stride = _row(ref_logprob)
+    rollout_logprob, rollout_stride = _row(rollout_logprob)
+    entropy, entropy_stride = _row(entropy)
+    mask, mask_stride = _row(mask)
+    advantages, advantages_stride = _row(advantages) if per_token and len(shape) == 2 else (advantages, advantages.stride(0))
+    if cu_seqlens is not None and per_token:
+        advantages = advantages.contiguous()
+    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
+    dlogprob, dentropy, dref = (empty(tuple(shape) if need else (0,), logprob) for need in (need_logprob, need_entropy, need_ref))
+    high = epsilon if epsilon_high is None else epsilon_high
+    sequence_level = importance_sampling_level == "sequence" or loss_type in ("gspo", "luspo")
+    C.policy_loss(C.PolicyLossParams(
+        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level),
+        reduction=_REDUCTION[REDUCTION[loss_type]], kl=_KL[kl] if beta != 0 and ref_logprob is not None else 0,
+        rollout=_ROLLOUT[rollout_correction], kl_correction=int(kl_correction), off_policy=int(off_policy_threshold is not None),
+        ratio_low=1 - epsilon, ratio_high=high if loss_type == "cispo" else 1 + high, delta=math.inf if delta is None else delta,
+        log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp, beta=beta,
+        rollout_low=-math.inf if rollout_low is None else rollout_low,
+        rollout_high=math.inf if rollout_high is None else rollout_high,
+        off_policy_threshold=off_policy_threshold or 0.0, tau_positive=tau_positive, tau_negative=tau_negative,
+        sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=pointer(logprob),
+        old_logprob=pointer(old_logprob), ref_logprob=pointer(ref_logprob), rollout_logprob=pointer(rollout_logprob),
+        entropy=pointer(entropy), advantages=pointer(advantages), mask=pointer(mask), logprob_stride=logprob_stride,
+        old_logprob_stride=old_stride, ref_logprob_stride=ref_stride, rollout_logprob_stride=rollout_stride,
+        entropy_stride=entropy_stride, advantages_stride=advantages_stride, mask_stride=mask_stride,
+        advantage_per_token=int(per_token), mask_bytes=mask.element_size(), mask_is_float=int(mask.is_floating_point()),
+        total=normaliser(REDUCTION[loss_type], num_items_in_batch, items, sequences, max_completion_length),
+        top_entropy=top_entropy or 0.0, entropy_coef=entropy_coef, loss=loss.data_ptr(), metrics=metrics.data_ptr(),
+        dlogprob=dlogprob.data_ptr() if need_logprob else 0, dentropy=dentropy.data_ptr() if need_entropy else 0,
+        dref_logprob=dref.data_ptr() if need_ref else 0, threads=torch.get_num_threads(),
+    ))  # fmt: skip
+    return loss, metrics, dlogprob, dentropy, dref
+
+
+for _backend in ("reference", "cpu", "triton", "cuda"):
+
+    @policy_loss_backward.kernel(_backend)
+    def _scale(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+        return [g * dloss for g in gradients]
+
+
+def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    ctx.needs = args[9:12]
+    ctx.save_for_backward(*(g for g, need in zip(outputs[2:], ctx.needs, strict=True) if need))
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Any, ...]:
+    wanted = [ctx.needs_input_grad[i] for i in (0, 6, 4)]
+    if any(want and not need for want, need in zip(wanted, ctx.needs, strict=True)):
+        raise RuntimeError("thinkernel::policy_loss: a gradient is wanted that its need_ flags left out; call tk.policy_loss")
+    result: list[Any] = [None] * 31
+    if dloss is not None and ctx.saved_tensors:
+        found = iter(policy_loss_backward(dloss, list(ctx.saved_tensors)))
+        for position, need in zip((0, 6, 4), ctx.needs, strict=True):
+            if need:
+                result[position] = next(found)
+    return tuple(result)
+
+
+policy_loss_op.differentiate(_setup, _backward, reference=_under_autograd)
+policy_loss_backward.refuse_gradient("double backward is not supported")
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl: str = "k3",
+    ref_logprob: Tensor | None = None,
+    kl_correction: bool = False,
+    importance_sampling_level: str = "token",
+    rollout_logprob: Tensor | None = None,
+    rollout_correction: str | None = None,
+    rollout_clip: tuple[float | None, float | None] = (None, 3.0),
+    off_policy_threshold: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    top_entropy: float | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    max_completion_length: int | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    tau: tuple[float, float] = (1.0, 1.05),
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy objective over token log-probabilities -> loss (scalar), metrics (detached scalars).
+
+    logprob, old_logprob, mask and the other per-token tensors: [B, S] (packed with cu_seqlens [B + 1]: [N]); advantages
+    [B] or per token. loss_type: grpo, bnpo, dr_grpo, dapo (default), gspo, cispo, sapo, luspo, vespo, ppo, reinforce,
+    rloo; every rule, normaliser and option is written down in reference/policy_loss.py, and the peers' conventions in
+    docs/grpo.md. dapo divides by num_items_in_batch, the **global** batch's tokens; by the active tokens where it is None.
+
+    Differentiable in logprob, entropy and ref_logprob; old_logprob, rollout_logprob and advantages are constants. The
+    gradients are computed with the loss, in the same passes, where one of the three requires a gradient.
+    What masked positions hold, NaN included, never matters. Raises ValueError or TypeError naming the argument.
+    """
+    dims, shape = (1, "[N]") if cu_seqlens is not None else (2, "[B, S] (packed: [N] with cu_seqlens)")
+    checks.tensor("logprob", logprob, dims, shape)
+    tensors = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob, "entropy": entropy}
+    for name, x in tensors.items():
+        if x is not None:
+            checks.tensor(name, x, dims, "logprob's shape")
+            checks.shape(name, x, logprob.shape, "logprob's shape")
+    checks.tensor("mask", mask, dims, "logprob's shape", MASKS)
+    checks.shape("mask", mask, logprob.shape, "logprob's shape")
+    checks.tensor("advantages", advantages, (1, dims), "[B] or logprob's shape")
+    sequences = logprob.shape[0]
+    if cu_seqlens is not None:
+        checks.tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]", checks.INTEGERS)
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError("cu_seqlens: got no elements, takes [B + 1] offsets from 0 to N")
+        sequences = cu_seqlens.shape[0] - 1
+    if tuple(advantages.shape) not in ((sequences,), tuple(logprob.shape)):
+        raise ValueError(f"advantages: got shape {list(advantages.shape)}, takes [B] = [{sequences}] or logprob's {list(logprob.shape)}")
+    items = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None
+    if items is not None and items.numel() != 1:
+        raise ValueError(f"num_items_in_batch: got shape {list(items.shape)}, takes one number")
+    checks.same_device("logprob", logprob, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens, **tensors)
+    check_arguments(
+        loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, kl=kl, beta=beta, ref_logprob=ref_logprob,
+        importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
+        rollout_correction=rollout_correction, rollout_clip=rollout_clip, off_policy_threshold=off_policy_threshold,
+        entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy, num_items_in_batch=num_items_in_batch,
+        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=tau,
+    )
+    wide = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    grad = torch.is_grad_enabled()
+    if not (beta != 0 and ref_logprob is not None):
+        ref_logprob = None  # not read: nothing to convert or to differentiate
+    if rollout_correction is None and off_policy_threshold is None:
+        rollout_logprob = None
+    needs = (grad and logprob.requires_grad, grad and entropy is not None and entropy_coef != 0 and entropy.requires_grad,
+             grad and ref_logprob is not None and ref_logprob.requires_grad)
+    if entropy is not None and not needs[1]:
+        entropy = entropy.detach()
+    loss, values, *_ = policy_loss_op(
+        _as(logprob, wide), _constant(old_logprob, wide), _constant(advantages, wide), mask, _as(ref_logprob, wide),
+        _constant(rollout_logprob, wide), _as(entropy, wide), items, cu_seqlens, *needs, loss_type, float(epsilon),
+        _float(epsilon_high), _float(delta), float(beta), kl, kl_correction, importance_sampling_level, rollout_correction,
+        _float(rollout_clip[0]), _float(rollout_clip[1]), _float(off_policy_threshold), float(entropy_coef),
+        _float(top_entropy), None if items is not None else _float(num_items_in_batch), max_completion_length,
+        _float(log_ratio_clamp), float(tau[0]), float(tau[1]),
+    )
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
+    if off_policy_threshold is None:
+        del metrics["off_policy_kept"]
+    if rollout_correction is None:
+        del metrics["rollout_ratio"]
+    if ref_logprob is None:
+        del metrics["kl"]
+    if entropy is None:
+        del metrics["entropy"]
+    if loss_type not in CLIPPED:
+        del metrics["clip_low"]
+        if loss_type != "cispo":
+            del metrics["clip_high"], metrics["clip_fraction"]
+    return loss, metrics
+
+
+MASKS = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float16,
+    torch.float64,
+)  # fmt: skip
+
+
+def _float(x: Any) -> float | None:
+    return None if x is None else float(x)
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return _as(x if x is None or not x.requires_grad else x.detach(), dtype)
+
+
+# ---- group_advantages ------------------------------------------------------------------------------------------
+
+_NORMALIZE = ("group", "none", "batch", "rloo", "maxrl", "whiten")  # csrc/cpu/advantages.cpp
+
+advantages_op = Op(
+    "group_advantages",
+    "(Tensor rewards, int group_size, Tensor? group_ids, Tensor? weights, Tensor? token_counts, str normalize, "
+    "str aggregation, float eps, int correction) -> (Tensor, Tensor)",
+    lambda rewards, *rest: (rewards.new_empty(rewards.shape[0]), rewards.new_empty(rewards.shape[0], dtype=torch.bool)),
+)
+
+
+@advantages_op.check
+def _check_advantages(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None, *rest: Any
+) -> None:
+    if token_counts is not None and checks.checks_contents(token_counts) and not (token_counts >= 0).all():
+        raise ValueError(f"token_counts: got {token_counts.min().item()}, takes counts of at least 0")
+
+
+@advantages_op.kernel("reference")
+def _reference_advantages(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None,
+    normalize: str, aggregation: str, eps: float, correction: int,
+) -> tuple[Tensor, Tensor]:
+    return reference_advantages(
+        rewards, group_size or None, group_ids=group_ids, normalize=normalize, aggregation=aggregation, weights=weights,
+        whiten_over="samples" if token_counts is None else "tokens", token_counts=token_counts, eps=eps, correction=correction,
+    )
+
+
+@advantages_op.kernel(
+    "cpu", lambda rewards, *rest: None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
+)
+def _cpu_advantages(
+    rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None,
+    normalize: str, aggregation: str, eps: float, correction: int,
+) -> tuple[Tensor, Tensor]:
+    rewards = rewards.contiguous()
+    group_ids = None if group_ids is None else group_ids.long().contiguous()
+    weights = None if weights is None else weights.float().contiguous()
+    token_counts = None if token_counts is None else token_counts.float().contiguous()
+    advantages, zero = empty((rewards.shape[0],), rewards), empty((rewards.shape[0],), rewards, torch.bool)
+    C.group_advantages(C.GroupAdvantagesParams(
+        samples=rewards.shape[0], rewards_each=rewards.shape[1], rewards=rewards.data_ptr(), group_size=group_size,
+        group_ids=pointer(group_ids), weights=pointer(weights), token_counts=pointer(token_counts),
+        normalize=_NORMALIZE.index(normalize), normalize_then_sum=int(aggregation == "normalize_then_sum"), eps=eps,
+        correction=correction, advantages=advantages.data_ptr(), zero_variance=zero.data_ptr(),
+    ))
+    return advantages, zero
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int | None = None,
+    *,
+    group_ids: Tensor | None = None,
+    normalize: str = "group",
+    aggregation: str = "sum_then_normalize",
+    whiten_over: str = "samples",
+    weights: Tensor | None = None,
+    eps: float = 1e-6,
+    correction: int = 1,
+    return_zero_variance: bool = False,
+    token_counts: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Advantages of sampled completions within their groups: rewards [R] or [R, n_rewards] -> [R], a constant.
+
+    Groups are group_size neighbours or the samples of equal group_ids [R] (any sizes, any order). normalize: "group"
+    (r − m) / (std + eps) (GRPO, arXiv 2402.03300), "none" r − m (Dr. GRPO, 2503.20783), "batch", "rloo", "maxrl", "whiten";
+    aggregation: "sum_then_normalize" or "normalize_then_sum" (GDPO); the table is in reference/advantages.py.
+    NaN rewards are unscorable and left out; a group of equal rewards gives exactly 0. weights [n_rewards] sums several
+    rewards. correction: 1 for the Bessel-corrected std, 0 for the population's. whiten_over: what the statistics over the
+    batch (GDPO's last step, "whiten") count, "samples" or "tokens", which takes each sample's token_counts [R].
+    return_zero_variance: also return bool [R], True where the sample's group teaches nothing.
+    Raises ValueError or TypeError naming the argument.
+    """
+    checks.tensor("rewards", rewards, (1, 2), "[R] or [R, n_rewards]", REWARDS)
+    R = rewards.shape[0]
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("group_size: got both it and group_ids or neither, takes exactly one of them")
+    if group_size is not None:
+        checks.integer("group_size", group_size, 1)
+        if R % group_size:
+            raise ValueError(f"group_size: got {group_size}, takes a divisor of the {R} rewards")
+    if group_ids is not None:
+        checks.tensor("group_ids", group_ids, 1, "[R]", checks.INTEGERS)
+        checks.shape("group_ids", group_ids, (R,), "[R]")
+    checks.one_of("normalize", normalize, _NORMALIZE)
+    checks.one_of("aggregation", aggregation, ("sum_then_normalize", "normalize_then_sum"))
+    checks.one_of("whiten_over", whiten_over, ("samples", "tokens"))
+    if (whiten_over == "tokens") != (token_counts is not None):
+        raise ValueError("token_counts: takes the tokens of each sample [R] with whiten_over='tokens', and with that alone")
+    if token_counts is not None:
+        checks.tensor("token_counts", token_counts, 1, "[R]", (*checks.INTEGERS, *checks.FLOATS))
+        checks.shape("token_counts", token_counts, (R,), "[R]")
+    if weights is not None:
+        checks.tensor("weights", weights, 1, "[n_rewards]")
+        checks.shape("weights", weights, (rewards.shape[1] if rewards.dim() == 2 else 1,), "[n_rewards]")
+    if checks.number("eps", eps) < 0:
+        raise ValueError(f"eps: got {eps}, takes a number of at least 0")
+    checks.integer("correction", correction, 0)
+    checks.same_device("rewards", rewards, group_ids=group_ids, weights=weights, token_counts=token_counts)
+    r = rewards.detach()
+    r = r if r.dtype in (torch.float32, torch.float64) else r.float()
+    advantages, zero_variance = advantages_op(
+        r.unsqueeze(-1) if r.dim() == 1 else r, group_size or 0, group_ids, weights, token_counts, normalize, aggregation,
+        float(eps), correction,
+    )
+    return (advantages, zero_variance) if return_zero_variance else advantages
+
+
+REWARDS = (*checks.FLOATS, *checks.INTEGERS, torch.bool)
