@@ -105,10 +105,16 @@ PYBIND11_MODULE(_C, m) {
   bind_params<LinearLogprobBackwardParams>(m, "LinearLogprobBackwardParams", TK_FIELDS(LinearLogprobBackwardParams, dtype,
       n, d, v, hidden, hidden_stride, weight, weight_stride, bias, target, ignore_index, temperature, softcap, dlogprob,
       dentropy, lse, entropy, dhidden, dweight, dbias, threads));
+  bind_params<tk::LogprobForwardParams>(m, "LogprobForwardParams", TK_FIELDS(tk::LogprobForwardParams, dtype, b, s, v, logits,
+      stride, target, ignore_index, temperature, softcap, logprob, entropy, lse, threads));
+  bind_params<tk::LogprobBackwardParams>(m, "LogprobBackwardParams", TK_FIELDS(tk::LogprobBackwardParams, dtype, b, s, v,
+      logits, stride, target, ignore_index, temperature, softcap, dlogprob, dentropy, lse, entropy, dlogits, threads));
   TK_BIND_KERNEL(m, linear_forward, LinearForwardParams);
   TK_BIND_KERNEL(m, linear_backward, LinearBackwardParams);
   TK_BIND_KERNEL(m, linear_logprob_forward, LinearLogprobForwardParams);
   TK_BIND_KERNEL(m, linear_logprob_backward, LinearLogprobBackwardParams);
+  TK_BIND_KERNEL(m, logprob_forward, tk::LogprobForwardParams);
+  TK_BIND_KERNEL(m, logprob_backward, tk::LogprobBackwardParams);
 
   using tk::PolicyLossParams, tk::GroupAdvantagesParams;
   bind_params<PolicyLossParams>(m, "PolicyLossParams", TK_FIELDS(PolicyLossParams, form, level, reduction, kl, rollout,

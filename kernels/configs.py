@@ -261,7 +261,12 @@ def logits(dtype: torch.dtype) -> Rows:
 
 def policy_block() -> int:
     """Tokens of one program of policy_loss: part of the result's bits."""
-    return 8 if INTERPRET else 1024
+    return 16 if INTERPRET else 1024
+
+
+def reward_block() -> int:
+    """Samples of a group that group_advantages takes at a time."""
+    return 4 if INTERPRET else 64
 
 
 def key_split() -> int:

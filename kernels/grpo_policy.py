@@ -13,6 +13,7 @@ dapo with num_items_in_batch is steps 2 and 4 alone: one read, one write. Sums a
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ REDUCE_SEQUENCE_MEAN, REDUCE_SEQUENCE_SUM, REDUCE_TOTAL = range(3)  # reduction
 NO_KL, K1, K2, K3 = range(4)
 NO_ROLLOUT, TOKEN_TRUNCATE, TOKEN_MASK, SEQUENCE_TRUNCATE, SEQUENCE_MASK = range(5)
 METRICS = (
-    "loss", "policy_loss", "approx_kl", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_fraction", "tokens",
+    "policy_loss", "approx_kl", "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_fraction", "tokens",
     "kl", "rollout_ratio", "off_policy_kept", "entropy",
 )
 SUMS = 6  # of a sequence: clamped log ratio, drift, old − rollout, vespo's log weight, active tokens, those the entropy bonus counts
@@ -219,9 +220,9 @@ def _token_kernel(logprob_ptr, old_ptr, ref_ptr, rollout_ptr, entropy_ptr, advan
                   dlogprob_ptr, dref_ptr, dentropy_ptr, partial_ptr, B, S, blocks, search_steps, logprob_stride, old_stride, ref_stride,
                   rollout_stride, entropy_stride, advantages_stride, mask_stride, ratio_low, ratio_high, delta, log_ratio_clamp, beta,
                   rollout_low, rollout_high, off_policy_threshold, tau_positive, tau_negative, entropy_coef,
-                  FORM: tl.constexpr, LEVEL: tl.constexpr, REDUCTION: tl.constexpr, KL: tl.constexpr, ROLLOUT: tl.constexpr,
-                  KL_CORRECTION: tl.constexpr, OFF_POLICY: tl.constexpr, PER_TOKEN: tl.constexpr, PACKED: tl.constexpr,
-                  BLOCK: tl.constexpr):
+                  entropy_coef_rest, FORM: tl.constexpr, LEVEL: tl.constexpr, REDUCTION: tl.constexpr, KL: tl.constexpr,
+                  ROLLOUT: tl.constexpr, KL_CORRECTION: tl.constexpr, OFF_POLICY: tl.constexpr, PER_TOKEN: tl.constexpr,
+                  PACKED: tl.constexpr, BLOCK: tl.constexpr):
     slot = tl.program_id(0)
     b = _sequence_of(cu_ptr, slot, B, blocks, search_steps, BLOCK, PACKED)
     start, length = _extent(cu_ptr, b, S, PACKED)
@@ -243,8 +244,6 @@ def _token_kernel(logprob_ptr, old_ptr, ref_ptr, rollout_ptr, entropy_ptr, advan
         weight = 1.0 / tl.maximum(tl.load(total_ptr), 1.0)
     else:
         weight = 1.0 / tl.maximum(_count(sums_ptr, 4, B, BLOCK), 1.0)
-    sequence_weight = weight
-    weight = weight.to(tl.float32)
     logprob, old, rollout = _log_probs(logprob_ptr, old_ptr, rollout_ptr, logprob_stride, old_stride, rollout_stride, start, b, token,
                                        active, PACKED)
     if PER_TOKEN:
@@ -264,7 +263,7 @@ def _token_kernel(logprob_ptr, old_ptr, ref_ptr, rollout_ptr, entropy_ptr, advan
         if LEVEL == 1:
             log_weight /= tokens
         else:
-            limit = log_ratio_clamp.to(tl.float64)
+            limit = tl.cast(log_ratio_clamp, tl.float64)
             log_weight = _clamp(log_weight, -limit, limit)
         r = tl.exp(log_weight).to(tl.float32) + zero
 
@@ -308,8 +307,8 @@ def _token_kernel(logprob_ptr, old_ptr, ref_ptr, rollout_ptr, entropy_ptr, advan
         factor = tl.where(top, 1.0, zero)
     kept = one
     if OFF_POLICY:
-        near = tl.load(sums_ptr + B + b) / tokens <= off_policy_threshold.to(tl.float64)
-        kept = tl.where((a >= 0) | near, 1.0, zero)
+        near = tl.load(sums_ptr + B + b) / tokens <= tl.cast(off_policy_threshold, tl.float64)
+        kept = tl.where(a >= 0, 1.0, tl.where(near, 1.0, zero))
         factor *= kept
     is_ratio = one
     if ROLLOUT != 0:
@@ -353,20 +352,21 @@ def _token_kernel(logprob_ptr, old_ptr, ref_ptr, rollout_ptr, entropy_ptr, advan
     if LEVEL == 0:
         direct += tl.where(passes, slope, 0.0)
     if dlogprob_ptr is not None:
-        tl.store(dlogprob_ptr + start + token, tl.where(active, weight * direct, 0.0), mask=inside)
+        tl.store(dlogprob_ptr + start + token, tl.where(active, (weight * direct).to(tl.float32), 0.0), mask=inside)
     if dref_ptr is not None:
-        tl.store(dref_ptr + start + token, tl.where(active, weight * dref, 0.0), mask=inside)
+        tl.store(dref_ptr + start + token, tl.where(active, (weight * dref).to(tl.float32), 0.0), mask=inside)
     entropy = zero
     if entropy_ptr is not None:
         entropy = _load(entropy_ptr, entropy_stride, start, b, token, active, PACKED)
     if dentropy_ptr is not None:
-        bonus = (-entropy_coef / tl.maximum(_count(sums_ptr, 5, B, BLOCK), 1.0)).to(tl.float32)
+        coefficient = tl.cast(entropy_coef, tl.float64) + entropy_coef_rest
+        bonus = (-coefficient / tl.maximum(_count(sums_ptr, 5, B, BLOCK), 1.0)).to(tl.float32)
         tl.store(dentropy_ptr + start + token, tl.where(active & top, bonus, 0.0), mask=inside)
 
     # ---- partial sums
     at = partial_ptr + tl.cast(slot, tl.int64) * 16
-    tl.store(at, tl.sum(tl.where(active, loss, 0.0)) * sequence_weight)
-    tl.store(at + 1, tl.sum(tl.where(active, slope, 0.0)) * sequence_weight)
+    tl.store(at, tl.sum(tl.where(active, loss, 0.0)) * weight)
+    tl.store(at + 1, tl.sum(tl.where(active, slope, 0.0)) * weight)
     tl.store(at + 2, tl.sum(tl.where(active, rest, 0.0)).to(tl.float64))
     tl.store(at + 3, tl.sum(tl.where(active, r, 0.0)).to(tl.float64))
     tl.store(at + 4, tl.min(tl.where(active, r, float("inf"))).to(tl.float64))
@@ -401,7 +401,7 @@ def _sequence_ratio_kernel(logprob_ptr, old_ptr, mask_ptr, cu_ptr, sums_ptr, par
         g /= tl.maximum(tl.load(sums_ptr + 4 * B + b), 1.0)
     else:
         log_weight = tl.load(sums_ptr + b)
-        limit = log_ratio_clamp.to(tl.float64)
+        limit = tl.cast(log_ratio_clamp, tl.float64)
         g = tl.where((log_weight < -limit) | (log_weight > limit), 0.0, g)
     logprob = _load(logprob_ptr, logprob_stride, start, b, token, active, PACKED)
     old = logprob
@@ -419,8 +419,8 @@ def _entry(values, column, which: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _metrics_kernel(partial_ptr, metrics_ptr, slots, entropy_coef, ROWS: tl.constexpr):
-    """partial [slots, 16], in order -> metrics [14], in the order of METRICS."""
+def _metrics_kernel(partial_ptr, loss_ptr, metrics_ptr, slots, entropy_coef, entropy_coef_rest, ROWS: tl.constexpr):
+    """partial [slots, 16], in order -> loss, and metrics [13] in the order of METRICS."""
     column = tl.arange(0, 16)
     low = tl.full([ROWS, 16], float("inf"), tl.float64)
     high = tl.full([ROWS, 16], float("-inf"), tl.float64)
@@ -438,35 +438,35 @@ def _metrics_kernel(partial_ptr, metrics_ptr, slots, entropy_coef, ROWS: tl.cons
     tokens = _entry(total, column, 9)
     count = tl.maximum(tokens, 1.0)
     policy = _entry(total, column, 0)
-    bonus = entropy_coef * _entry(total, column, 13) / tl.maximum(_entry(total, column, 14), 1.0)
+    bonus = (tl.cast(entropy_coef, tl.float64) + entropy_coef_rest) * _entry(total, column, 13) / tl.maximum(_entry(total, column, 14), 1.0)
     ratio = _entry(total, column, 3)
     clip_low = _entry(total, column, 6) / count
     clip_high = _entry(total, column, 7) / count
-    tl.store(metrics_ptr, (policy - bonus if entropy_coef != 0 else policy).to(tl.float32))
-    tl.store(metrics_ptr + 1, policy.to(tl.float32))
-    tl.store(metrics_ptr + 2, (_entry(total, column, 2) / count).to(tl.float32))
-    tl.store(metrics_ptr + 3, (ratio / count).to(tl.float32))
-    tl.store(metrics_ptr + 4, tl.where(ratio != ratio, ratio, least).to(tl.float32))  # min and max pass NaN over, the sum does not
-    tl.store(metrics_ptr + 5, tl.where(ratio != ratio, ratio, most).to(tl.float32))
-    tl.store(metrics_ptr + 6, clip_low.to(tl.float32))
-    tl.store(metrics_ptr + 7, clip_high.to(tl.float32))
-    tl.store(metrics_ptr + 8, (clip_low + clip_high).to(tl.float32))
-    tl.store(metrics_ptr + 9, tokens.to(tl.float32))
-    tl.store(metrics_ptr + 10, (_entry(total, column, 8) / count).to(tl.float32))
-    tl.store(metrics_ptr + 11, (_entry(total, column, 10) / count).to(tl.float32))
-    tl.store(metrics_ptr + 12, (_entry(total, column, 11) / count).to(tl.float32))
-    tl.store(metrics_ptr + 13, (_entry(total, column, 12) / count).to(tl.float32))
+    tl.store(loss_ptr, tl.where(entropy_coef != 0, policy - bonus, policy).to(tl.float32))
+    tl.store(metrics_ptr, policy.to(tl.float32))
+    tl.store(metrics_ptr + 1, (_entry(total, column, 2) / count).to(tl.float32))
+    tl.store(metrics_ptr + 2, (ratio / count).to(tl.float32))
+    tl.store(metrics_ptr + 3, tl.where(ratio != ratio, ratio, least).to(tl.float32))  # min and max pass NaN over, the sum does not
+    tl.store(metrics_ptr + 4, tl.where(ratio != ratio, ratio, most).to(tl.float32))
+    tl.store(metrics_ptr + 5, clip_low.to(tl.float32))
+    tl.store(metrics_ptr + 6, clip_high.to(tl.float32))
+    tl.store(metrics_ptr + 7, (clip_low + clip_high).to(tl.float32))
+    tl.store(metrics_ptr + 8, tokens.to(tl.float32))
+    tl.store(metrics_ptr + 9, (_entry(total, column, 8) / count).to(tl.float32))
+    tl.store(metrics_ptr + 10, (_entry(total, column, 10) / count).to(tl.float32))
+    tl.store(metrics_ptr + 11, (_entry(total, column, 11) / count).to(tl.float32))
+    tl.store(metrics_ptr + 12, (_entry(total, column, 12) / count).to(tl.float32))
 
 
 def _needs_sequence_sums(o: Options) -> bool:
     return o.level != TOKEN or o.form == VESPO or o.rollout in (SEQUENCE_TRUNCATE, SEQUENCE_MASK) or o.off_policy
 
 
-def policy_loss(logprob: Tensor, old: Tensor | None, advantages: Tensor, mask: Tensor, options: Options, metrics: Tensor, *,
+def policy_loss(logprob: Tensor, old: Tensor | None, advantages: Tensor, mask: Tensor, options: Options, loss: Tensor, metrics: Tensor, *,
                 ref: Tensor | None = None, rollout: Tensor | None = None, entropy: Tensor | None = None, top: Tensor | None = None,
                 total: Tensor | None = None, entropy_coef: float = 0.0, cu_seqlens: Tensor | None = None, dlogprob: Tensor | None = None,
                 dref: Tensor | None = None, dentropy: Tensor | None = None) -> None:
-    """Fills metrics [14] (METRICS) and those of dlogprob, dref, dentropy that are given: d loss / d input, all float32 contiguous.
+    """Fills loss [], metrics [13] (METRICS) and those of dlogprob, dref, dentropy that are given: d loss / d input, all float32 contiguous.
 
     logprob, old, ref, rollout, entropy: float32 [B, S], contiguous in the last dimension (packed: [N] contiguous); advantages likewise
     or [B]; mask, top: bool (top contiguous: the tokens that the top-entropy mask keeps). total [1] float64: what
@@ -486,6 +486,8 @@ def policy_loss(logprob: Tensor, old: Tensor | None, advantages: Tensor, mask: T
     counts = needs_sums or options.reduction == REDUCE_SEQUENCE_MEAN or dentropy is not None
     counts = counts or (options.reduction == REDUCE_TOTAL and total is None)
     steps = max(B - 1, 1).bit_length()
+    rounded = struct.unpack("f", struct.pack("f", entropy_coef))[0]
+    coefficient = (rounded, entropy_coef - rounded)  # a kernel's float arguments are float32: two make a float64
     sizes = dict(BLOCK=block, PACKED=packed, warps=8, stages=1, device=device)
 
     def stride(x: Tensor | None) -> int:
@@ -503,12 +505,12 @@ def policy_loss(logprob: Tensor, old: Tensor | None, advantages: Tensor, mask: T
             cu_seqlens, sums if counts else None, total, dlogprob, dref, dentropy, partial, B, S, blocks, steps, stride(logprob),
             stride(old), stride(ref), stride(rollout), stride(entropy), stride(advantages), stride(mask), options.ratio_low,
             options.ratio_high, options.delta, options.log_ratio_clamp, options.beta, options.rollout_low, options.rollout_high,
-            options.off_policy_threshold, options.tau_positive, options.tau_negative, float(entropy_coef), FORM=options.form,
-            LEVEL=options.level, REDUCTION=options.reduction, KL=options.kl, ROLLOUT=options.rollout,
+            options.off_policy_threshold, options.tau_positive, options.tau_negative, *coefficient, FORM=options.form, LEVEL=options.level,
+            REDUCTION=options.reduction, KL=options.kl, ROLLOUT=options.rollout,
             KL_CORRECTION=bool(options.kl_correction), OFF_POLICY=bool(options.off_policy), PER_TOKEN=advantages.shape == logprob.shape,
             **sizes)
     if options.level != TOKEN and dlogprob is not None and slots:
         launch(
             _sequence_ratio_kernel, (slots,), logprob, old, mask, cu_seqlens, sums, partial, dlogprob, B, S, blocks, steps,
             stride(logprob), stride(old), stride(mask), options.log_ratio_clamp, LEVEL=options.level, **sizes)
-    launch(_metrics_kernel, (1,), partial, metrics, slots, float(entropy_coef), ROWS=64, warps=4, stages=1, device=device)
+    launch(_metrics_kernel, (1,), partial, loss, metrics, slots, *coefficient, ROWS=64, warps=4, stages=1, device=device)

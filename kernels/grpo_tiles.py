@@ -38,7 +38,7 @@ def online(z, peak, total, moment):
 
 @triton.jit
 def merge_splits(peak_ptr, total_ptr, moment_ptr, row, live, N, n_splits, ROWS: tl.constexpr, SUMS: tl.constexpr):
-    """The statistics [n_splits, N] (sums of type SUMS) of rows row [ROWS], in order of splits -> peak; lse − peak and entropy in float64."""
+    """The statistics [n_splits, N] (sums of type SUMS) of rows row [ROWS], in order -> peak; lse − peak and entropy in float64."""
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], SUMS)
     moment = tl.zeros([ROWS], SUMS)

@@ -23,6 +23,8 @@ const Kernels& table() {
       .linear_logprob_backward = linear_logprob_backward,
       .policy_loss = policy_loss,
       .group_advantages = group_advantages,
+      .logprob_forward = logprob_forward,
+      .logprob_backward = logprob_backward,
   };
   return kernels;
 }

@@ -1,6 +1,6 @@
-// linear_logprob: log-probability of a target token and entropy, from hidden states and the head's weight, without
-// a [N, V] buffer. N rows (tokens), D hidden, V vocabulary. Formulas: csrc/cpu/grpo.cpp.
-// hidden, weight, bias and their gradients have `dtype`; everything per row is float. Strides count elements.
+// Log-probability of a target token and entropy: linear_logprob from hidden states and the head's weight, without a [N, V]
+// buffer, logprob from given logits. N rows (tokens), D hidden, V vocabulary. Formulas: csrc/cpu/grpo.cpp, softmax_rows.h.
+// logits, hidden, weight, bias and their gradients have `dtype`; everything per row is float. Strides count elements.
 #pragma once
 #include "types.h"
 
@@ -44,6 +44,38 @@ struct LinearLogprobBackwardParams {
   void* dhidden;            // [N, D] contiguous, or null
   void* dweight;            // [V, D] contiguous, or null
   void* dbias;              // [V] or null
+  int32_t threads;
+};
+
+struct LogprobForwardParams {
+  DType dtype;
+  int64_t b, s, v;          // B, S, V; rows are B x S
+  const void* logits;       // [B, S, V], contiguous in V
+  int64_t stride[2];        // elements from one batch, one row to the next
+  const int64_t* target;    // [B, S], each in 0..V-1 or ignore_index
+  int64_t ignore_index;
+  float temperature;        // > 0
+  float softcap;            // > 0, or 0 for none
+  float* logprob;           // [B, S]; 0 where ignored
+  float* entropy;           // [B, S] or null; 0 where ignored
+  double* lse;              // [B, S], as above
+  int32_t threads;
+};
+
+struct LogprobBackwardParams {
+  DType dtype;
+  int64_t b, s, v;
+  const void* logits;       // [B, S, V]
+  int64_t stride[2];
+  const int64_t* target;    // [B, S]
+  int64_t ignore_index;
+  float temperature;
+  float softcap;
+  const float* dlogprob;    // [B, S]
+  const float* dentropy;    // [B, S] or null
+  const double* lse;        // [B, S] from the forward
+  const float* entropy;     // [B, S] from the forward
+  void* dlogits;            // [B, S, V] contiguous; 0 where ignored
   int32_t threads;
 };
 

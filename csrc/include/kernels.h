@@ -19,6 +19,8 @@ struct Kernels {
   void (*linear_logprob_backward)(const LinearLogprobBackwardParams&) = nullptr;
   void (*policy_loss)(const PolicyLossParams&) = nullptr;
   void (*group_advantages)(const GroupAdvantagesParams&) = nullptr;
+  void (*logprob_forward)(const LogprobForwardParams&) = nullptr;
+  void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

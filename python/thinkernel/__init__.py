@@ -23,11 +23,11 @@ from thinkernel.ops.grpo import (
     group_advantages,
     grpo_loss,
     linear_logprob,
-    logprob,
     policy_loss,
     ppo_value_loss,
 )
 from thinkernel.ops.linear import linear
+from thinkernel.ops.logprob import logprob
 from thinkernel.ops.mla import append_latent, gather_latent, mla_decode
 from thinkernel.ops.moe import (
     load_balancing_loss,

@@ -18,8 +18,7 @@ NAN = float("nan")
 
 def run(logits: Tensor, target: Tensor, g: Tensor, g_ent: Tensor | None, **options) -> list[Tensor]:
     """logprob, entropy, dlogits, every buffer poisoned before."""
-    N = len(target)
-    lp, ent, lse = (torch.full((N,), NAN, dtype=t) for t in (torch.float32, torch.float32, torch.float64))
+    lp, ent, lse = (torch.full(target.shape, NAN, dtype=t) for t in (torch.float32, torch.float32, torch.float64))
     kernels.logprob_forward(logits, target, lp, ent, lse, **options)
     dlogits = torch.full(logits.shape, NAN, dtype=logits.dtype)
     kernels.logprob_backward(logits, target, lse, ent, g, g_ent, dlogits, **options)
@@ -40,14 +39,14 @@ def make(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, softcap=5.0)], ids=str)
-@pytest.mark.parametrize("shape", [(5000, 50), (8000, 7), (6000, 64), (1200, 309), (3, 1)], ids=str)
-def test_within_the_rule(shape: tuple[int, int], options: dict, dtype: torch.dtype) -> None:
-    inputs = make(*shape, dtype)  # many rows: the worst of a few hundred is a matter of luck, for torch and for us
-    for g_ent in (inputs[3], None):
-        found, want, base = run(*inputs[:3], g_ent, **options), *(truth(t, *inputs[:3], g_ent, **options) for t in (torch.float64, dtype))
-        for name, x, ref, same in zip(("logprob", "entropy", "dlogits"), found, want, base, strict=True):
-            check(x, ref, same, name=name)
+@pytest.mark.parametrize("shape", [(4000, 50), (8000, 7), (500, 309), (3, 1)], ids=str)
+def test_within_the_rule(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    options = dict(temperature=0.7, softcap=5.0) if shape[1] == 50 else {}
+    inputs = list(make(*shape, dtype))  # many rows: the worst of a few hundred is a matter of luck, for torch and for us
+    inputs[3] = None if shape[1] == 7 else inputs[3]
+    found, want, base = run(*inputs, **options), *(truth(t, *inputs, **options) for t in (torch.float64, dtype))
+    for name, x, ref, same in zip(("logprob", "entropy", "dlogits"), found, want, base, strict=True):
+        check(x, ref, same, name=name)
 
 
 def test_more_rows_than_a_grid_s_second_dimension_holds() -> None:
@@ -65,6 +64,11 @@ def test_a_row_alone_in_a_batch_and_strided(dtype: torch.dtype) -> None:
     wide[:, 5:206] = logits
     for a, b in zip(batch, run(wide[:, 5:206], target, g, g_ent), strict=True):
         assert_bitwise(a, b, "strided")
+    whole = torch.randn(7, 10, 201).to(dtype)
+    whole[:] = logits.unflatten(0, (7, 10))
+    shifted = torch.cat([torch.full((7, 1, 201), NAN, dtype=dtype), whole], 1)[:, 1:]  # logits[:, 1:] of a model's
+    for a, b in zip(batch, run(shifted, target.view(7, 10), g.view(7, 10), g_ent.view(7, 10)), strict=True):
+        assert_bitwise(a, b.view(a.shape), "[B, S, V] with its own strides")
     for i in (0, 33, 69):
         one = slice(i, i + 1)
         for a, b in zip(batch, run(logits[one], target[one], g[one], g_ent[one]), strict=True):

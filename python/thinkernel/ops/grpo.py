@@ -11,42 +11,29 @@ import torch
 from torch import Tensor
 
 from thinkernel.ops import checks
+from thinkernel.ops import logprob_gpu as logprob_gpu  # registers logprob's Triton and CUDA kernels
+from thinkernel.ops import policy_loss_gpu as policy_loss_gpu  # and those of policy_loss and group_advantages
 from thinkernel.ops.dispatch import C
-from thinkernel.ops.library import Op, gradients, reference_op
+from thinkernel.ops.library import Op, gradients
+from thinkernel.ops.logprob import HEAD, check_target, row_buffers, wide
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
 from thinkernel.ops.policy_loss import group_advantages as group_advantages
 from thinkernel.ops.policy_loss import policy_loss as policy_loss
 from thinkernel.reference import grpo as reference
 
-_HEAD = "float temperature, float softcap, int ignore_index, bool entropy"
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_target(name: str, target: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Each target is a token number or ignore_index; for use inside ops."""
-    if checks.checks_contents(target):
-        wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-        if wrong.any():
-            value = int(target[wrong][0])
-            raise ValueError(f"{name}: got {value}, takes values in 0..{vocabulary - 1} or ignore_index {ignore_index}")
-
-
 # ---- linear_logprob --------------------------------------------------------------------------------------------
 
 linear_logprob_forward = Op(
     "linear_logprob_forward",
-    f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_HEAD}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {HEAD}) -> (Tensor, Tensor, Tensor)",
     lambda hidden, *rest: tuple(
-        hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in (_wide(hidden), _wide(hidden), torch.float64)
+        hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in (wide(hidden), wide(hidden), torch.float64)
     ),
 )
 linear_logprob_backward = Op(
     "linear_logprob_backward",
     "(Tensor dlogprob, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor lse, "
-    f"Tensor ent, {_HEAD}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"Tensor ent, {HEAD}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     lambda dlogprob, dentropy, hidden, weight, target, bias, lse, ent, t, s, i, e, need_hidden, need_weight, need_bias: (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -60,7 +47,7 @@ def _check_linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float,
     ignore_index: int, entropy: bool,
 ) -> None:
-    _check_target("target", target, ignore_index, weight.shape[0])
+    check_target("target", target, ignore_index, weight.shape[0])
 
 
 def _reference_head(
@@ -97,16 +84,6 @@ def _kernel_covers(hidden: Tensor, *rest: Any) -> str | None:
     return None if hidden.dtype in DTYPE_CODES else f"hidden: takes float32, bfloat16 and float16, not {hidden.dtype}"
 
 
-def _row_buffers(hidden: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy (zeros where it is not asked for): float32 [N]; lse: float64 [N].
-
-    An lse rounded to float32 would tilt every probability of its row by up to 5e-7 (at lse = 10) in the backward.
-    """
-    n = (hidden.shape[0],)
-    lp, ent, lse = empty(n, hidden, torch.float32), empty(n, hidden, torch.float32), empty(n, hidden, torch.float64)
-    return lp, ent if entropy else ent.zero_(), lse
-
-
 def _gradient_buffers(
     hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +100,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target = rows_contiguous(hidden), rows_contiguous(weight), target.long().contiguous()
     bias = None if bias is None else bias.contiguous()
-    lp, ent, lse = _row_buffers(hidden, entropy)
+    lp, ent, lse = row_buffers((hidden.shape[0],), hidden, entropy)
     C.linear_logprob_forward(C.LinearLogprobForwardParams(
         **_head_fields(hidden, weight, target, bias, temperature, softcap, ignore_index), logprob=lp.data_ptr(),
         entropy=ent.data_ptr() if entropy else 0, lse=lse.data_ptr(),
@@ -171,7 +148,7 @@ def _triton_forward(
     from thinkernel.kernels import grpo as kernels
 
     hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
-    lp, ent, lse = _row_buffers(hidden, entropy)
+    lp, ent, lse = row_buffers((hidden.shape[0],), hidden, entropy)
     kernels.linear_logprob_forward(
         hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
         softcap=softcap or None, ignore_index=ignore_index,
@@ -191,8 +168,9 @@ def _triton_backward(
     dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
     dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
     kernels.linear_logprob_backward(
-        hidden, weight, target, bias, lse.contiguous(), ent.contiguous(), dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
-        dw if need_weight else None, db if need_bias else None, temperature=temperature, softcap=softcap or None,
+        hidden, weight, target, bias, lse.contiguous(), ent.contiguous(), dlogprob.float().contiguous(), dentropy,
+        dh if need_hidden else None, dw if need_weight else None, db if need_bias else None, temperature=temperature,
+        softcap=softcap or None,
         ignore_index=ignore_index,
     )
     return dh, dw, db
@@ -279,54 +257,6 @@ def linear_logprob(
         float(softcap or 0.0), ignore_index, bool(entropy),
     )
     return lp.view(target.shape), ent.view(target.shape) if entropy else None
-
-
-# ---- logprob from given logits ---------------------------------------------------------------------------------
-
-
-def _logprob(
-    logits: Tensor, target: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    lp, ent = reference.logprob(
-        logits, target, temperature=temperature, softcap=softcap or None, ignore_index=ignore_index, entropy=entropy
-    )
-    return lp, torch.zeros_like(lp) if ent is None else ent
-
-
-logprob_op = reference_op(
-    "logprob",
-    f"(Tensor logits, Tensor target, {_HEAD}) -> (Tensor, Tensor)",
-    lambda logits, target, *rest: tuple(logits.new_empty(target.shape, dtype=_wide(logits)) for _ in range(2)),
-    _logprob,
-    differentiable=("logits",),
-)
-
-
-@logprob_op.check
-def _check_logprob(logits: Tensor, target: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool) -> None:
-    _check_target("target", target, ignore_index, logits.shape[-1])
-
-
-def logprob(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """linear_logprob from given logits: logits [N, V] or [B, S, V], target [N] or [B, S] -> logprob, entropy float32."""
-    checks.tensor("logits", logits, (2, 3), "[N, V] or [B, S, V]")
-    if logits.shape[-1] == 0:
-        raise ValueError("logits: got a vocabulary of 0, takes at least 1")
-    checks.tensor("target", target, logits.dim() - 1, "[N] or [B, S]", checks.INTEGERS)
-    checks.shape("target", target, logits.shape[:-1], "logits' shape without V")
-    checks.positive("temperature", temperature, none_is_fine=False)
-    checks.positive("softcap", softcap)
-    checks.same_device("logits", logits, target=target)
-    lp, ent = logprob_op(logits, target, float(temperature), float(softcap or 0.0), ignore_index, bool(entropy))
-    return lp, ent if entropy else None
 
 
 # ---- the composition -------------------------------------------------------------------------------------------

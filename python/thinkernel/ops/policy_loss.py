@@ -138,6 +138,27 @@ def _row(x: Tensor | None) -> tuple[Tensor | None, int]:
     return x, x.stride(0)
 
 
+def kernel_options(
+    loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float, kl: str | None,
+    kl_correction: bool, importance_sampling_level: str, rollout_correction: str | None, rollout_low: float | None,
+    rollout_high: float | None, off_policy_threshold: float | None, log_ratio_clamp: float | None, tau_positive: float,
+    tau_negative: float,
+) -> dict[str, Any]:
+    """The fields of policy::Options (csrc/include/policy_math.h), which every kernel takes. kl: None without ref_logprob."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    sequence_level = importance_sampling_level == "sequence" or loss_type in ("gspo", "luspo")
+    return dict(
+        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level),
+        reduction=_REDUCTION[REDUCTION[loss_type]], kl=_KL[kl] if beta != 0 and kl is not None else 0,
+        rollout=_ROLLOUT[rollout_correction], kl_correction=int(kl_correction), off_policy=int(off_policy_threshold is not None),
+        ratio_low=1 - epsilon, ratio_high=high if loss_type == "cispo" else 1 + high, delta=math.inf if delta is None else delta,
+        log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp, beta=beta,
+        rollout_low=-math.inf if rollout_low is None else rollout_low,
+        rollout_high=math.inf if rollout_high is None else rollout_high,
+        off_policy_threshold=off_policy_threshold or 0.0, tau_positive=tau_positive, tau_negative=tau_negative,
+    )  # fmt: skip
+
+
 @policy_loss_op.kernel("cpu", covers)
 def _cpu(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
@@ -163,17 +184,12 @@ def _cpu(
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
     dlogprob, dentropy, dref = (empty(tuple(shape) if need else (0,), logprob) for need in (need_logprob, need_entropy, need_ref))
-    high = epsilon if epsilon_high is None else epsilon_high
-    sequence_level = importance_sampling_level == "sequence" or loss_type in ("gspo", "luspo")
     C.policy_loss(C.PolicyLossParams(
-        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level),
-        reduction=_REDUCTION[REDUCTION[loss_type]], kl=_KL[kl] if beta != 0 and ref_logprob is not None else 0,
-        rollout=_ROLLOUT[rollout_correction], kl_correction=int(kl_correction), off_policy=int(off_policy_threshold is not None),
-        ratio_low=1 - epsilon, ratio_high=high if loss_type == "cispo" else 1 + high, delta=math.inf if delta is None else delta,
-        log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp, beta=beta,
-        rollout_low=-math.inf if rollout_low is None else rollout_low,
-        rollout_high=math.inf if rollout_high is None else rollout_high,
-        off_policy_threshold=off_policy_threshold or 0.0, tau_positive=tau_positive, tau_negative=tau_negative,
+        **kernel_options(
+            loss_type, epsilon, epsilon_high, delta, beta, kl if ref_logprob is not None else None, kl_correction,
+            importance_sampling_level, rollout_correction, rollout_low, rollout_high, off_policy_threshold, log_ratio_clamp,
+            tau_positive, tau_negative,
+        ),
         sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=pointer(logprob),
         old_logprob=pointer(old_logprob), ref_logprob=pointer(ref_logprob), rollout_logprob=pointer(rollout_logprob),
         entropy=pointer(entropy), advantages=pointer(advantages), mask=pointer(mask), logprob_stride=logprob_stride,
@@ -341,7 +357,7 @@ def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 # ---- group_advantages ------------------------------------------------------------------------------------------
 
-_NORMALIZE = ("group", "none", "batch", "rloo", "maxrl", "whiten")  # csrc/cpu/advantages.cpp
+NORMALIZE = ("group", "none", "batch", "rloo", "maxrl", "whiten")  # csrc/cpu/advantages.cpp
 
 advantages_op = Op(
     "group_advantages",
@@ -370,9 +386,11 @@ def _reference_advantages(
     )
 
 
-@advantages_op.kernel(
-    "cpu", lambda rewards, *rest: None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
-)
+def covers_rewards(rewards: Tensor, *rest: Any) -> str | None:
+    return None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
+
+
+@advantages_op.kernel("cpu", covers_rewards)
 def _cpu_advantages(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None,
     normalize: str, aggregation: str, eps: float, correction: int,
@@ -385,7 +403,7 @@ def _cpu_advantages(
     C.group_advantages(C.GroupAdvantagesParams(
         samples=rewards.shape[0], rewards_each=rewards.shape[1], rewards=rewards.data_ptr(), group_size=group_size,
         group_ids=pointer(group_ids), weights=pointer(weights), token_counts=pointer(token_counts),
-        normalize=_NORMALIZE.index(normalize), normalize_then_sum=int(aggregation == "normalize_then_sum"), eps=eps,
+        normalize=NORMALIZE.index(normalize), normalize_then_sum=int(aggregation == "normalize_then_sum"), eps=eps,
         correction=correction, advantages=advantages.data_ptr(), zero_variance=zero.data_ptr(),
     ))
     return advantages, zero
@@ -427,7 +445,7 @@ def group_advantages(
     if group_ids is not None:
         checks.tensor("group_ids", group_ids, 1, "[R]", checks.INTEGERS)
         checks.shape("group_ids", group_ids, (R,), "[R]")
-    checks.one_of("normalize", normalize, _NORMALIZE)
+    checks.one_of("normalize", normalize, NORMALIZE)
     checks.one_of("aggregation", aggregation, ("sum_then_normalize", "normalize_then_sum"))
     checks.one_of("whiten_over", whiten_over, ("samples", "tokens"))
     if (whiten_over == "tokens") != (token_counts is not None):
