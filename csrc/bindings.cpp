@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "kernels.h"
@@ -34,7 +35,7 @@ void store(T& field, py::handle value) {
 }
 
 template <class P>
-using Setters = std::map<std::string, void (*)(P&, py::handle)>;
+using Setters = std::map<std::string, void (*)(P&, py::handle), std::less<>>;
 
 // Module.NAME(field=value, ...): a params struct; fields left out are zero or their default.
 template <class P>
@@ -42,8 +43,8 @@ void bind_params(py::module_& module, const char* name, const Setters<P>& setter
   py::class_<P>(module, name).def(py::init([setters, name](const py::kwargs& fields) {
     P params{};
     for (std::pair<py::handle, py::handle> field : fields) {
-      const std::string key = py::str(field.first);
-      const auto found = setters.find(key);
+      const char* key = PyUnicode_AsUTF8(field.first.ptr());  // keyword names are str
+      const auto found = setters.find(std::string_view(key));
       if (found == setters.end()) throw py::type_error(std::string(name) + " has no field '" + key + "'");
       found->second(params, field.second);
     }

@@ -7,13 +7,13 @@ same passes; the backward scales them. old_logprob, rollout_logprob and advantag
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thinkernel.ops import checks
-from thinkernel.ops.dispatch import C
+from thinkernel.ops.dispatch import BACKENDS, C
 from thinkernel.ops.library import Op, gradients
 from thinkernel.ops.memory import empty, pointer, rows_contiguous
 from thinkernel.reference.advantages import group_advantages as reference_advantages
@@ -34,22 +34,40 @@ METRICS = (
     "kl", "rollout_ratio", "off_policy_kept", "entropy",
 )  # fmt: skip
 
-# num_items_in_batch is a tensor or a number (`items`). The op's results: loss [], metrics [13], and d loss / d logprob,
-# entropy and ref_logprob, where the need_ flag is set (else of no elements). Its kernels take all of them in this order.
+class Numbers(NamedTuple):
+    """The op's numeric options in the order of its `numbers`; NaN for None. epsilon_high is never None there."""
+
+    epsilon: float
+    epsilon_high: float
+    delta: float
+    beta: float
+    rollout_low: float
+    rollout_high: float
+    off_policy_threshold: float
+    entropy_coef: float
+    top_entropy: float
+    items: float  # num_items_in_batch, where it is a number and not a tensor
+    max_completion_length: float
+    log_ratio_clamp: float
+    tau_positive: float
+    tau_negative: float
+
+
+# needs: whether to compute d loss / d logprob, entropy, ref_logprob. Results: loss [], metrics [13], and those gradients, of
+# no elements where not needed. Arguments in lists since each costs twice on its way through the dispatcher.
 policy_loss_op = Op(
     "policy_loss",
     "(Tensor logprob, Tensor? old_logprob, Tensor advantages, Tensor mask, Tensor? ref_logprob, Tensor? rollout_logprob, "
-    "Tensor? entropy, Tensor? num_items_in_batch, Tensor? cu_seqlens, bool need_logprob, bool need_entropy, bool need_ref, "
-    "str loss_type, float epsilon, float? epsilon_high, float? delta, float beta, str kl, bool kl_correction, "
-    "str importance_sampling_level, str? rollout_correction, float? rollout_low, float? rollout_high, "
-    "float? off_policy_threshold, float entropy_coef, float? top_entropy, float? items, int? max_completion_length, "
-    "float? log_ratio_clamp, float tau_positive, float tau_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? entropy, Tensor? num_items_in_batch, Tensor? cu_seqlens, bool[] needs, str loss_type, str kl, "
+    "str? rollout_correction, bool sequence_level, bool kl_correction, float[] numbers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda logprob, *rest: (
         logprob.new_empty(()),
         logprob.new_empty(len(METRICS)),
-        *(logprob.new_empty(logprob.shape if need else 0) for need in rest[8:11]),
+        *(logprob.new_empty(logprob.shape if need else 0) for need in rest[8]),
     ),
 )
+_NEEDS, _ARGUMENTS = 9, 16
+_DIFFERENTIABLE = (0, 6, 4)  # logprob, entropy, ref_logprob among the arguments
 policy_loss_backward = Op(
     "policy_loss_backward",
     "(Tensor dloss, Tensor[] gradients) -> Tensor[]",
@@ -58,11 +76,8 @@ policy_loss_backward = Op(
 
 
 @policy_loss_op.check
-def _check_contents(
-    logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
-    *rest: Any,
-) -> None:
+def _check_contents(logprob: Tensor, *rest: Any) -> None:
+    cu_seqlens = rest[7]
     if cu_seqlens is None:
         return
     checks.cumulative("cu_seqlens", cu_seqlens, logprob.shape[0])
@@ -76,23 +91,21 @@ def _check_contents(
 def reference_loss(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
-    need_logprob: bool, need_entropy: bool, need_ref: bool, loss_type: str, epsilon: float, epsilon_high: float | None,
-    delta: float | None, beta: float, kl: str, kl_correction: bool, importance_sampling_level: str,
-    rollout_correction: str | None, rollout_low: float | None, rollout_high: float | None,
-    off_policy_threshold: float | None, entropy_coef: float, top_entropy: float | None, items: float | None,
-    max_completion_length: int | None, log_ratio_clamp: float | None, tau_positive: float, tau_negative: float,
+    needs: list[bool], loss_type: str, kl: str, rollout_correction: str | None, sequence_level: bool, kl_correction: bool,
+    numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """The op's arguments -> loss, metrics [13] (0 for those that do not apply), in plain torch."""
+    n = {name: None if math.isnan(x) else x for name, x in Numbers(*numbers)._asdict().items()}
+    items, length = n.pop("items"), n.pop("max_completion_length")
     loss, found = reference_policy_loss(
-        logprob, old_logprob, advantages, mask, loss_type=loss_type, epsilon=epsilon, epsilon_high=epsilon_high,
-        delta=delta, beta=beta, kl=kl, ref_logprob=ref_logprob, kl_correction=kl_correction,
-        importance_sampling_level=importance_sampling_level, rollout_logprob=rollout_logprob,
-        rollout_correction=rollout_correction, rollout_clip=(rollout_low, rollout_high),
-        off_policy_threshold=off_policy_threshold, entropy=entropy, entropy_coef=entropy_coef, top_entropy=top_entropy,
+        logprob, old_logprob, advantages, mask, loss_type=loss_type, kl=kl, ref_logprob=ref_logprob,
+        kl_correction=kl_correction, importance_sampling_level="sequence" if sequence_level else "token",
+        rollout_logprob=rollout_logprob, rollout_correction=rollout_correction,
+        rollout_clip=(n.pop("rollout_low"), n.pop("rollout_high")), entropy=entropy,
         num_items_in_batch=items if num_items_in_batch is None else num_items_in_batch,
-        max_completion_length=max_completion_length, log_ratio_clamp=log_ratio_clamp, tau=(tau_positive, tau_negative),
-        cu_seqlens=cu_seqlens,
-    )
+        max_completion_length=None if length is None else int(length), tau=(n.pop("tau_positive"), n.pop("tau_negative")),
+        cu_seqlens=cu_seqlens, **n,
+    )  # type: ignore[arg-type]
     none = loss.new_zeros(())
     return loss, torch.stack([found.get(name, none).to(loss.dtype) for name in METRICS])
 
@@ -107,11 +120,11 @@ def _under_autograd(*args: Any) -> tuple[Tensor, ...]:
 def _reference(*args: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
         loss, metrics = reference_loss(*args)
-    positions = [i for i, need in zip((0, 6, 4), args[9:12], strict=True) if need and args[i] is not None]
+    positions = [i for i, need in zip(_DIFFERENTIABLE, args[_NEEDS], strict=True) if need and args[i] is not None]
     grads = gradients(lambda *a: reference_loss(*a)[0], args, positions, (torch.ones_like(loss),)) if positions else []
     found = dict(zip(positions, grads, strict=True))
     none = args[0].new_empty(0)
-    return loss, metrics, *(found.get(i, none) for i in (0, 6, 4))
+    return loss, metrics, *(found.get(i, none) for i in _DIFFERENTIABLE)
 
 
 def covers(logprob: Tensor, *rest: Any) -> str | None:
@@ -119,43 +132,39 @@ def covers(logprob: Tensor, *rest: Any) -> str | None:
     return None if logprob.dtype == torch.float32 else f"logprob: takes float32, bfloat16 and float16, not {logprob.dtype}"
 
 
-def normaliser(
-    reduction: str, num_items_in_batch: Tensor | None, items: float | None, sequences: int, max_completion_length: int | None
-) -> float:
+def normaliser(reduction: str, num_items_in_batch: Tensor | None, n: Numbers, sequences: int) -> float:
     """What Reduction::total divides by (at least 1), or 0 for the active tokens of the batch."""
     if reduction == "fixed":
-        return float(max(sequences, 1) * (max_completion_length or 1))
-    if reduction != "global" or (num_items_in_batch is None and items is None):
+        return max(sequences, 1) * n.max_completion_length
+    if reduction != "global" or (num_items_in_batch is None and math.isnan(n.items)):
         return 0.0
-    return max(1.0, float(num_items_in_batch) if num_items_in_batch is not None else float(items or 0))
+    return max(1.0, n.items if num_items_in_batch is None else float(num_items_in_batch))
 
 
-def _row(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """x with a contiguous last dimension, and the stride between its rows."""
+def _row(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """x with a contiguous last dimension, its address, and the stride between its rows."""
     if x is None:
-        return None, 0
+        return None, 0, 0
     x = rows_contiguous(x)
-    return x, x.stride(0)
+    return x, x.data_ptr(), x.stride(0)
+
+
+def _or(x: float, default: float) -> float:
+    return default if math.isnan(x) else x
 
 
 def kernel_options(
-    loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float, kl: str | None,
-    kl_correction: bool, importance_sampling_level: str, rollout_correction: str | None, rollout_low: float | None,
-    rollout_high: float | None, off_policy_threshold: float | None, log_ratio_clamp: float | None, tau_positive: float,
-    tau_negative: float,
+    loss_type: str, kl: str | None, rollout_correction: str | None, sequence_level: bool, kl_correction: bool, n: Numbers
 ) -> dict[str, Any]:
     """The fields of policy::Options (csrc/include/policy_math.h), which every kernel takes. kl: None without ref_logprob."""
-    high = epsilon if epsilon_high is None else epsilon_high
-    sequence_level = importance_sampling_level == "sequence" or loss_type in ("gspo", "luspo")
     return dict(
-        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level),
-        reduction=_REDUCTION[REDUCTION[loss_type]], kl=_KL[kl] if beta != 0 and kl is not None else 0,
-        rollout=_ROLLOUT[rollout_correction], kl_correction=int(kl_correction), off_policy=int(off_policy_threshold is not None),
-        ratio_low=1 - epsilon, ratio_high=high if loss_type == "cispo" else 1 + high, delta=math.inf if delta is None else delta,
-        log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp, beta=beta,
-        rollout_low=-math.inf if rollout_low is None else rollout_low,
-        rollout_high=math.inf if rollout_high is None else rollout_high,
-        off_policy_threshold=off_policy_threshold or 0.0, tau_positive=tau_positive, tau_negative=tau_negative,
+        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level or loss_type in ("gspo", "luspo")),
+        reduction=_REDUCTION[REDUCTION[loss_type]], kl=0 if kl is None else _KL[kl], rollout=_ROLLOUT[rollout_correction],
+        kl_correction=int(kl_correction), off_policy=int(not math.isnan(n.off_policy_threshold)), ratio_low=1 - n.epsilon,
+        ratio_high=n.epsilon_high if loss_type == "cispo" else 1 + n.epsilon_high, delta=_or(n.delta, math.inf),
+        log_ratio_clamp=_or(n.log_ratio_clamp, math.inf), beta=n.beta, rollout_low=_or(n.rollout_low, -math.inf),
+        rollout_high=_or(n.rollout_high, math.inf), off_policy_threshold=n.off_policy_threshold, tau_positive=n.tau_positive,
+        tau_negative=n.tau_negative,
     )  # fmt: skip
 
 
@@ -163,48 +172,40 @@ def kernel_options(
 def _cpu(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
-    need_logprob: bool, need_entropy: bool, need_ref: bool, loss_type: str, epsilon: float, epsilon_high: float | None,
-    delta: float | None, beta: float, kl: str, kl_correction: bool, importance_sampling_level: str,
-    rollout_correction: str | None, rollout_low: float | None, rollout_high: float | None,
-    off_policy_threshold: float | None, entropy_coef: float, top_entropy: float | None, items: float | None,
-    max_completion_length: int | None, log_ratio_clamp: float | None, tau_positive: float, tau_negative: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_token = advantages.shape == logprob.shape
-    shape = logprob.shape
+    needs: list[bool], loss_type: str, kl: str, rollout_correction: str | None, sequence_level: bool, kl_correction: bool,
+    numbers: list[float],
+) -> tuple[Tensor, ...]:
+    shape, n = logprob.shape, Numbers(*numbers)
+    per_token = advantages.shape == shape
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    logprob, logprob_stride = _row(logprob)
-    old_logprob, old_stride = _row(old_logprob)
-    ref_logprob, ref_stride = _row(ref_logprob)
-    rollout_logprob, rollout_stride = _row(rollout_logprob)
-    entropy, entropy_stride = _row(entropy)
-    mask, mask_stride = _row(mask)
-    advantages, advantages_stride = _row(advantages) if per_token and len(shape) == 2 else (advantages, advantages.stride(0))
-    if cu_seqlens is not None and per_token:
-        advantages = advantages.contiguous()
+    logprob, logprob_at, logprob_stride = _row(logprob)  # type: ignore[assignment]
+    old_logprob, old_at, old_stride = _row(old_logprob)
+    ref_logprob, ref_at, ref_stride = _row(ref_logprob)
+    rollout_logprob, rollout_at, rollout_stride = _row(rollout_logprob)
+    entropy, entropy_at, entropy_stride = _row(entropy)
+    mask, mask_at, mask_stride = _row(mask)  # type: ignore[assignment]
+    if per_token:
+        advantages = rows_contiguous(advantages)
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    dlogprob, dentropy, dref = (empty(tuple(shape) if need else (0,), logprob) for need in (need_logprob, need_entropy, need_ref))
+    results = [empty(shape if need else (0,), logprob) for need in needs]
+    dlogprob, dentropy, dref = (x.data_ptr() if need else 0 for x, need in zip(results, needs, strict=True))
     C.policy_loss(C.PolicyLossParams(
-        **kernel_options(
-            loss_type, epsilon, epsilon_high, delta, beta, kl if ref_logprob is not None else None, kl_correction,
-            importance_sampling_level, rollout_correction, rollout_low, rollout_high, off_policy_threshold, log_ratio_clamp,
-            tau_positive, tau_negative,
-        ),
-        sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=pointer(logprob),
-        old_logprob=pointer(old_logprob), ref_logprob=pointer(ref_logprob), rollout_logprob=pointer(rollout_logprob),
-        entropy=pointer(entropy), advantages=pointer(advantages), mask=pointer(mask), logprob_stride=logprob_stride,
-        old_logprob_stride=old_stride, ref_logprob_stride=ref_stride, rollout_logprob_stride=rollout_stride,
-        entropy_stride=entropy_stride, advantages_stride=advantages_stride, mask_stride=mask_stride,
-        advantage_per_token=int(per_token), mask_bytes=mask.element_size(), mask_is_float=int(mask.is_floating_point()),
-        total=normaliser(REDUCTION[loss_type], num_items_in_batch, items, sequences, max_completion_length),
-        top_entropy=top_entropy or 0.0, entropy_coef=entropy_coef, loss=loss.data_ptr(), metrics=metrics.data_ptr(),
-        dlogprob=dlogprob.data_ptr() if need_logprob else 0, dentropy=dentropy.data_ptr() if need_entropy else 0,
-        dref_logprob=dref.data_ptr() if need_ref else 0, threads=torch.get_num_threads(),
+        **kernel_options(loss_type, kl if ref_at else None, rollout_correction, sequence_level, kl_correction, n),
+        sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=logprob_at,
+        old_logprob=old_at, ref_logprob=ref_at, rollout_logprob=rollout_at, entropy=entropy_at,
+        advantages=advantages.data_ptr(), mask=mask_at, logprob_stride=logprob_stride, old_logprob_stride=old_stride,
+        ref_logprob_stride=ref_stride, rollout_logprob_stride=rollout_stride, entropy_stride=entropy_stride,
+        advantages_stride=advantages.stride(0), mask_stride=mask_stride, advantage_per_token=int(per_token),
+        mask_bytes=mask.element_size(), mask_is_float=int(mask.is_floating_point()),
+        total=normaliser(REDUCTION[loss_type], num_items_in_batch, n, sequences), top_entropy=_or(n.top_entropy, 0.0),
+        entropy_coef=n.entropy_coef, loss=loss.data_ptr(), metrics=metrics.data_ptr(), dlogprob=dlogprob, dentropy=dentropy,
+        dref_logprob=dref, threads=torch.get_num_threads(),
     ))  # fmt: skip
-    return loss, metrics, dlogprob, dentropy, dref
+    return loss, metrics, *results
 
 
-for _backend in ("reference", "cpu", "triton", "cuda"):
+for _backend in BACKENDS:
 
     @policy_loss_backward.kernel(_backend)
     def _scale(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
@@ -212,22 +213,33 @@ for _backend in ("reference", "cpu", "triton", "cuda"):
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    ctx.needs = args[9:12]
-    ctx.save_for_backward(*(g for g, need in zip(outputs[2:], ctx.needs, strict=True) if need))
+    ctx.save_for_backward(*args[:_NEEDS])
+    ctx.options = args[_NEEDS:]
+    ctx.gradients = [g for g, need in zip(outputs[2:], args[_NEEDS], strict=True) if need]
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Any, ...]:
-    wanted = [ctx.needs_input_grad[i] for i in (0, 6, 4)]
-    if any(want and not need for want, need in zip(wanted, ctx.needs, strict=True)):
-        raise RuntimeError("thinkernel::policy_loss: a gradient is wanted that its need_ flags left out; call tk.policy_loss")
-    result: list[Any] = [None] * 31
-    if dloss is not None and ctx.saved_tensors:
-        found = iter(policy_loss_backward(dloss, list(ctx.saved_tensors)))
-        for position, need in zip((0, 6, 4), ctx.needs, strict=True):
-            if need:
-                result[position] = next(found)
+    """The forward's gradients times dloss, in place: a fresh [B, S] costs more (page faults) than its contents."""
+    needs = ctx.options[0]
+    if any(ctx.needs_input_grad[i] and not need for i, need in zip(_DIFFERENTIABLE, needs, strict=True)):
+        raise RuntimeError("thinkernel::policy_loss: a gradient is wanted that `needs` left out; call tk.policy_loss")
+    result: list[Any] = [None] * _ARGUMENTS
+    if dloss is None:
+        return tuple(result)
+    found, ctx.gradients = ctx.gradients, None
+    if found is None:  # a second backward through a retained graph
+        with torch.no_grad():
+            outputs = policy_loss_op(*ctx.saved_tensors, *ctx.options)
+        found = [g for g, need in zip(outputs[2:], needs, strict=True) if need]
+    if torch.is_grad_enabled():
+        found = policy_loss_backward(dloss, found)  # which refuses to be differentiated
+    else:
+        found = [g.mul_(dloss) for g in found]
+    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
+        if need:
+            result[position] = found.pop(0)
     return tuple(result)
 
 
@@ -309,18 +321,25 @@ def policy_loss(
         ref_logprob = None  # not read: nothing to convert or to differentiate
     if rollout_correction is None and off_policy_threshold is None:
         rollout_logprob = None
-    needs = (grad and logprob.requires_grad, grad and entropy is not None and entropy_coef != 0 and entropy.requires_grad,
-             grad and ref_logprob is not None and ref_logprob.requires_grad)
+    needs = [grad and logprob.requires_grad, grad and entropy is not None and entropy_coef != 0 and entropy.requires_grad,
+             grad and ref_logprob is not None and ref_logprob.requires_grad]  # fmt: skip
     if entropy is not None and not needs[1]:
         entropy = entropy.detach()
+    nan = math.nan
+    number = num_items_in_batch is not None and items is None
     loss, values, *_ = policy_loss_op(
         _as(logprob, wide), _constant(old_logprob, wide), _constant(advantages, wide), mask, _as(ref_logprob, wide),
-        _constant(rollout_logprob, wide), _as(entropy, wide), items, cu_seqlens, *needs, loss_type, float(epsilon),
-        _float(epsilon_high), _float(delta), float(beta), kl, kl_correction, importance_sampling_level, rollout_correction,
-        _float(rollout_clip[0]), _float(rollout_clip[1]), _float(off_policy_threshold), float(entropy_coef),
-        _float(top_entropy), None if items is not None else _float(num_items_in_batch), max_completion_length,
-        _float(log_ratio_clamp), float(tau[0]), float(tau[1]),
-    )
+        _constant(rollout_logprob, wide), _as(entropy, wide), items, cu_seqlens, needs, loss_type, kl, rollout_correction,
+        importance_sampling_level == "sequence", kl_correction,
+        Numbers(
+            epsilon, epsilon if epsilon_high is None else epsilon_high, nan if delta is None else delta, beta,
+            nan if rollout_clip[0] is None else rollout_clip[0], nan if rollout_clip[1] is None else rollout_clip[1],
+            nan if off_policy_threshold is None else off_policy_threshold, entropy_coef,
+            nan if top_entropy is None else top_entropy, num_items_in_batch if number else nan,
+            nan if max_completion_length is None else max_completion_length,
+            nan if log_ratio_clamp is None else log_ratio_clamp, tau[0], tau[1],
+        ),
+    )  # type: ignore[arg-type]
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     if off_policy_threshold is None:
         del metrics["off_policy_kept"]
@@ -341,10 +360,6 @@ MASKS = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float16,
     torch.float64,
 )  # fmt: skip
-
-
-def _float(x: Any) -> float | None:
-    return None if x is None else float(x)
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -5,11 +5,15 @@ Shapes: B sequences, S tokens of one, N packed tokens, R samples. Arguments in t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from thinkernel.ops.memory import empty, rows_contiguous
-from thinkernel.ops.policy_loss import METRICS, NORMALIZE, advantages_op, covers, covers_rewards, kernel_options, policy_loss_op
+from thinkernel.ops.policy_loss import (
+    METRICS, NORMALIZE, Numbers, advantages_op, covers, covers_rewards, kernel_options, normaliser, policy_loss_op,
+)  # fmt: skip
 from thinkernel.reference.policy_loss import REDUCTION, top_entropy_mask
 
 
@@ -21,52 +25,47 @@ def _bytes(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
-def _divisor(
-    loss_type: str, num_items_in_batch: Tensor | None, items: float | None, sequences: int, max_completion_length: int | None,
-    device: torch.device,
-) -> Tensor | None:
+def _divisor(reduction: str, num_items_in_batch: Tensor | None, n: Numbers, sequences: int, device: torch.device) -> Tensor | None:
     """What the total is divided by, float64 [1] on the device (a count that lies there stays there), or None: the active tokens."""
-    reduction = REDUCTION[loss_type]
-    if reduction == "fixed":
-        return torch.full((1,), max(sequences, 1) * (max_completion_length or 1), dtype=torch.float64, device=device)
-    if reduction != "global" or (num_items_in_batch is None and items is None):
-        return None
-    if num_items_in_batch is not None:
+    if reduction == "global" and num_items_in_batch is not None:
         return num_items_in_batch.detach().to(device, torch.float64).reshape(1)
-    return torch.full((1,), float(items or 0), dtype=torch.float64, device=device)
+    total = normaliser(reduction, None, n, sequences)
+    return torch.full((1,), total, dtype=torch.float64, device=device) if total else None
 
 
 @policy_loss_op.kernel("triton", covers)
 def _triton(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None, entropy: Tensor | None, num_items_in_batch: Tensor | None, cu_seqlens: Tensor | None,
-    need_logprob: bool, need_entropy: bool, need_ref: bool, loss_type: str, epsilon: float, epsilon_high: float | None,
-    delta: float | None, beta: float, kl: str, kl_correction: bool, importance_sampling_level: str,
-    rollout_correction: str | None, rollout_low: float | None, rollout_high: float | None,
-    off_policy_threshold: float | None, entropy_coef: float, top_entropy: float | None, items: float | None,
-    max_completion_length: int | None, log_ratio_clamp: float | None, tau_positive: float, tau_negative: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs: list[bool], loss_type: str, kl: str, rollout_correction: str | None, sequence_level: bool, kl_correction: bool,
+    numbers: list[float],
+) -> tuple[Tensor, ...]:
     from thinkernel.kernels import grpo_policy as kernels
 
-    shape = tuple(logprob.shape)
+    n, shape = Numbers(*numbers), tuple(logprob.shape)
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    options = kernels.Options(**kernel_options(
-        loss_type, epsilon, epsilon_high, delta, beta, kl if ref_logprob is not None else None, kl_correction,
-        importance_sampling_level, rollout_correction, rollout_low, rollout_high, off_policy_threshold, log_ratio_clamp,
-        tau_positive, tau_negative,
-    ))  # fmt: skip
+    options = kernels.Options(
+        **kernel_options(loss_type, None if ref_logprob is None else kl, rollout_correction, sequence_level, kl_correction, n)
+    )
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    dlogprob, dentropy, dref = (empty(shape if need else (0,), logprob) for need in (need_logprob, need_entropy, need_ref))
-    top = None if top_entropy is None or entropy is None else top_entropy_mask(entropy, mask != 0, top_entropy)
+    results = [empty(shape if need else (0,), logprob) for need in needs]
+    dlogprob, dentropy, dref = (x if need else None for x, need in zip(results, needs, strict=True))
+    top = _top(entropy, mask, n)
     kernels.policy_loss(
         rows_contiguous(logprob), _rows(old_logprob), _rows(advantages) if advantages.shape == logprob.shape else advantages,
         _bytes(rows_contiguous(mask)), options, loss, metrics, ref=_rows(ref_logprob), rollout=_rows(rollout_logprob),
-        entropy=_rows(entropy), top=None if top is None else _bytes(top.contiguous()),
-        total=_divisor(loss_type, num_items_in_batch, items, sequences, max_completion_length, logprob.device),
-        entropy_coef=entropy_coef, cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        dlogprob=dlogprob if need_logprob else None, dref=dref if need_ref else None, dentropy=dentropy if need_entropy else None,
+        entropy=_rows(entropy), top=None if top is None else _bytes(top), entropy_coef=n.entropy_coef,
+        total=_divisor(REDUCTION[loss_type], num_items_in_batch, n, sequences, logprob.device),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), dlogprob=dlogprob, dref=dref, dentropy=dentropy,
     )  # fmt: skip
-    return loss, metrics, dlogprob, dentropy, dref
+    return loss, metrics, *results
+
+
+def _top(entropy: Tensor | None, mask: Tensor, n: Numbers) -> Tensor | None:
+    """The tokens that the top-entropy mask keeps, bool like mask: a sort of the whole batch, which torch has on every device."""
+    if entropy is None or math.isnan(n.top_entropy):
+        return None
+    return top_entropy_mask(entropy, mask != 0, n.top_entropy).contiguous()
 
 
 @advantages_op.kernel("triton", covers_rewards)
