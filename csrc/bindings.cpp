@@ -102,10 +102,10 @@ PYBIND11_MODULE(_C, m) {
       dy_stride, x, x_stride, weight, weight_stride, dx, dweight, dbias, threads));
   bind_params<LinearLogprobForwardParams>(m, "LinearLogprobForwardParams", TK_FIELDS(LinearLogprobForwardParams, dtype, n,
       d, v, hidden, hidden_stride, weight, weight_stride, bias, target, ignore_index, temperature, softcap, logprob, entropy,
-      lse, threads));
+      lse, kept, kept_blocks, threads));
   bind_params<LinearLogprobBackwardParams>(m, "LinearLogprobBackwardParams", TK_FIELDS(LinearLogprobBackwardParams, dtype,
       n, d, v, hidden, hidden_stride, weight, weight_stride, bias, target, ignore_index, temperature, softcap, dlogprob,
-      dentropy, lse, entropy, dhidden, dweight, dbias, threads));
+      dentropy, lse, entropy, kept, kept_blocks, dhidden, dhidden_float, dweight, dweight_add, dbias, threads));
   bind_params<tk::LogprobForwardParams>(m, "LogprobForwardParams", TK_FIELDS(tk::LogprobForwardParams, dtype, b, s, v, logits,
       stride, target, ignore_index, temperature, softcap, logprob, entropy, lse, threads));
   bind_params<tk::LogprobBackwardParams>(m, "LogprobBackwardParams", TK_FIELDS(tk::LogprobBackwardParams, dtype, b, s, v,

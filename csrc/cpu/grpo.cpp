@@ -1,17 +1,18 @@
 // linear_logprob and its gradients (include/grpo.h). N rows, n of them active, D hidden, V vocabulary.
 //
-//   y = h·Wᵀ + b,  u = tanh(y / c),  z = c·u / τ  (no softcap: z = y / τ),  p = softmax(z)
+//   y = h·Wᵀ + b,  u = c·tanh(y / c)  (no softcap: u = y),  z = u / τ,  p = softmax(z)
 //   logprob = z[target] − lse,  entropy = lse − Σ p z
-//   dz = g_lp (1[target] − p) − g_H p (log p + H),  dy = dz / τ · (1 − u²)
+//   dz = g_lp (1[target] − p) − g_H p (log p + H),  dy = dz / τ · (1 − (u / c)²)
 //   dh = dy·W,  dW = dyᵀ·h,  db = Σ_rows dy
 //
-// Logits live as tiles of kRows x kBlock in L2 and are never stored beyond. The vocabulary is cut into blocks of kBlock from
-// 0; each block gives a row its (max, Σ e^(z − max), Σ (z − max) e^(z − max)), merged in order inside a super-block
+// Logits live as tiles of kRows x kBlock in L2 and are stored beyond only where `kept` asks for them. The vocabulary is cut
+// into blocks of kBlock from 0; each block gives a row its statistics (softmax_rows.h), merged in order inside a super-block
 // and then over super-blocks: an order that depends on V alone. Rows never meet but in dW and db, whose sums run
 // over the active rows in order.
 #include "grpo_kernels.h"
 
 #include "matmul.h"
+#include "softmax_rows.h"
 
 namespace tk::TK_ISA {
 
@@ -26,12 +27,6 @@ constexpr int64_t kGradientBytes = 24 << 20; // dy kept at a time, in both layou
 constexpr int64_t kDepth = 256;              // columns of D in a work item of dh and dW
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What turns a sum h·w into z, shared by both directions.
-struct Head {
-  float temperature, softcap;
-  bool plain;  // z is the sum itself
-};
 
 // The rows that are not ignored.
 struct ActiveRows {
@@ -75,77 +70,59 @@ void pack_hidden(int threads, const S* hidden, int64_t stride, const ActiveRows&
   });
 }
 
-// z of W sums, and dz/dy · τ.
-inline vf to_z(vf sum, const Head& head, vf bias, vf* slope) {
-  vf y = sum + bias;
-  *slope = splat(1.0f);
-  if (head.softcap > 0) {
-    const vf u = tanh(y / head.softcap);
-    y = head.softcap * u;
-    *slope = 1.0f - u * u;
-  }
-  if (head.temperature != 1) y /= head.temperature;
-  return y;
-}
-
-inline vf minus_infinity() { return splat(-INFINITY); }
-// The reference point of a sum of exponentials: a row of -inf alone keeps 0, so that its terms are 0 and not NaN.
-inline vf finite_max(vf m) { return m == -INFINITY ? zero() : m; }
-
-// Per row: max, Σ e^(z − max), Σ (z − max) e^(z − max).
+// Per row: max u, Σ e^x, Σ x e^x with x = (u − max) / τ.
 struct Partial {
   float *m, *s, *t;
 };
 
-// Statistics of one row of a tile; z is left in the row when the head changes the sums.
+// Statistics of one row of a tile; u is left in the row. bias is null where there is none.
 inline void row_statistics(float* row, int64_t cols, const Head& head, const float* bias, bool entropy, float* m, float* s,
                            float* t) {
   vf peak = minus_infinity();
-  if (!head.plain || cols % W) {
-    for (int64_t j = 0; j < cols; j += W) {
-      vf z = load(row + j), slope;
-      if (!head.plain) z = to_z(z, head, load(bias + j), &slope);
-      if (cols - j < W) z = lane_index() < (int32_t)(cols - j) ? z : minus_infinity();
-      store(row + j, z);
-      peak = max(peak, z);
-    }
-  } else {
-    for (int64_t j = 0; j < cols; j += W) peak = max(peak, load(row + j));
+  const bool changes = bias || head.softcap > 0;
+  const int64_t whole = cols / W * W;
+  for (int64_t j = 0; j < whole && !changes; j += W) peak = max(peak, load(row + j));
+  for (int64_t j = changes ? 0 : whole; j < cols; j += W) {
+    vf u = load(row + j), slope;
+    if (bias) u += load(bias + j);
+    if (head.softcap > 0) u = soft_capped(u, head, &slope);
+    if (cols - j < W) u = lane_index() < (int32_t)(cols - j) ? u : minus_infinity();
+    store(row + j, u);
+    peak = max(peak, u);
   }
   const float top = reduce_max(peak);
-  const vf base = finite_max(splat(top));
+  const vf base = splat(finite_max(top));
   vf sum = zero(), weighted = zero();
-  if (entropy) {
-    for (int64_t j = 0; j < cols; j += W) {
-      const vf x = load(row + j) - base, e = exp(x);
-      sum += e;
-      weighted += e > 0.0f ? x * e : e;  // 0 log 0 = 0; a NaN stays
-    }
-  } else {
-    for (int64_t j = 0; j < cols; j += W) sum += exp(load(row + j) - base);
-  }
+  for (int64_t j = 0; j < cols; j += W) accumulate((load(row + j) - base) * head.inverse_temperature, entropy, &sum, &weighted);
   *m = top;
   *s = reduce_add(sum);
   *t = reduce_add(weighted);
 }
 
 // a ← a merged with b, W rows at a time; the arrays are padded to W.
-inline void merge(const Partial& a, const Partial& b, int64_t rows) {
+inline void merge(const Partial& a, const Partial& b, int64_t rows, const Head& head) {
   for (int64_t i = 0; i < rows; i += W) {
     const vf ma = load(a.m + i), mb = load(b.m + i), sa = load(a.s + i), sb = load(b.s + i);
     const vf m = max(ma, mb), base = finite_max(m);
-    const vf wa = exp(ma - base), wb = exp(mb - base);
-    const vf shift_a = wa > 0.0f ? ma - base : zero(), shift_b = wb > 0.0f ? mb - base : zero();
+    const vf xa = (ma - base) * head.inverse_temperature, xb = (mb - base) * head.inverse_temperature;
+    const vf wa = exp(xa), wb = exp(xb);
+    const vf shift_a = wa > 0.0f ? xa : zero(), shift_b = wb > 0.0f ? xb : zero();
     store(a.m + i, m);
     store(a.s + i, sa * wa + sb * wb);
     store(a.t + i, wa * fma(shift_a, sa, load(a.t + i)) + wb * fma(shift_b, sb, load(b.t + i)));
   }
 }
 
-// bias[first : first + kBlock] in float, zeros where there is none.
-template <class S> void load_bias(const S* bias, int64_t first, int64_t cols, float* dst) {
-  for (int64_t j = 0; j < kBlock; j += W)
-    store(dst + j, bias && j < cols ? load_n(bias + first + j, (int)least(W, cols - j)) : zero());
+// bias[first : first + cols] in float with zeros beyond, in dst; null where there is none.
+template <class S> const float* load_bias(const S* bias, int64_t first, int64_t cols, float* dst) {
+  if (!bias) return nullptr;
+  for (int64_t j = 0; j < kBlock; j += W) store(dst + j, j < cols ? load_n(bias + first + j, (int)least(W, cols - j)) : zero());
+  return dst;
+}
+
+// The kept sums of a row: [block][N][kBlock], rows in the order of the active ones.
+template <class S> S* kept_row(void* kept, int64_t N, int64_t v, int64_t row) {
+  return (S*)kept + (v / kBlock * N + row) * kBlock;
 }
 
 template <class S> void forward(const LinearLogprobForwardParams& p) {
@@ -157,7 +134,8 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   memset(p.lse, 0, p.n * sizeof(double));
   if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
   if (n == 0) return;
-  const Head head{p.temperature, p.softcap, !p.bias && p.softcap == 0 && p.temperature == 1};
+  const Head head(p.temperature, p.softcap);
+  if (p.kept_blocks) advise_huge(p.kept, p.kept_blocks * p.n * kBlock * (int64_t)sizeof(S));
   const bool entropy = p.entropy != nullptr;
 
   const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
@@ -165,8 +143,10 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   Scratch<T> right(p.threads * G::size_b(kBlock, Dp));
   Scratch<float> tiles(p.threads * kRows * kBlock);
   Scratch<float> partials(supers * 3 * padded);  // [super-block][m, s, t][row]
-  Scratch<float> target_z(n);
+  Scratch<float> target_u(n);
   pack_hidden<T, S>(p.threads, (const S*)p.hidden, p.hidden_stride, rows, D, left, (T*)nullptr);
+
+  for (int64_t i = 0; i < n; ++i) target_u[i] = -INFINITY;  // stays so where the target is none of these words
 
   const auto partial = [&](int64_t super, int64_t row) {
     float* at = partials + super * 3 * padded + row;
@@ -177,14 +157,16 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
     const int64_t super = item / groups, first = item % groups * group, last = least(chunks, first + group);
     T* packed = right + thread * G::size_b(kBlock, Dp);
     float* tile = tiles + thread * kRows * kBlock;
-    alignas(64) float bias[kBlock], stats[3][kRows];
+    alignas(64) float biases[kBlock], stats[3][kRows];
     for (int64_t v = super * kSuper; v < least(V, (super + 1) * kSuper); v += kBlock) {
       const int64_t cols = least(kBlock, V - v);
       G::pack_b((const S*)p.weight + v * p.weight_stride, p.weight_stride, cols, D, packed);
-      load_bias((const S*)p.bias, v, cols, bias);
+      const float* bias = load_bias((const S*)p.bias, v, cols, biases);
+      const bool keep = v < p.kept_blocks * kBlock;
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t r = chunk * kRows, count = least(kRows, n - r);
         G::gemm(count, cols, D, left + r * Dp, packed, tile, kBlock, false);
+        if (keep) write_block(tile, count, cols, kBlock, (const S*)nullptr, kept_row<S>(p.kept, p.n, v, r), kBlock);
         const bool opens = v == super * kSuper;
         const Partial out = partial(super, r);
         const Partial block = opens ? out : Partial{stats[0], stats[1], stats[2]};
@@ -196,9 +178,9 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
           float* row = tile + i * kBlock;
           row_statistics(row, cols, head, bias, entropy, block.m + i, block.s + i, block.t + i);
           const int64_t column = p.target[rows.index[r + i]] - v;
-          if (column >= 0 && column < cols) target_z[r + i] = row[column];
+          if (column >= 0 && column < cols) target_u[r + i] = row[column];
         }
-        if (!opens) merge(out, block, count);
+        if (!opens) merge(out, block, count, head);
       }
     }
   });
@@ -206,54 +188,64 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
     const int64_t r = chunk * kRows, count = least(kRows, n - r);
     const Partial total = partial(0, r);
-    for (int64_t super = 1; super < supers; ++super) merge(total, partial(super, r), count);
+    for (int64_t super = 1; super < supers; ++super) merge(total, partial(super, r), count, head);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = rows.index[r + i];
-      const float log_sum = logf(total.s[i]);
-      p.lse[row] = (double)total.m[i] + log((double)total.s[i]);
-      p.logprob[row] = (target_z[r + i] - total.m[i]) - log_sum;
-      if (entropy) p.entropy[row] = log_sum - total.t[i] / total.s[i];
+      const double m = total.m[i], log_sum = ::log((double)total.s[i]);
+      p.lse[row] = m / head.temperature + log_sum;
+      p.logprob[row] = (float)((target_u[r + i] - m) / head.temperature - log_sum);
+      if (entropy) p.entropy[row] = (float)(log_sum - (double)total.t[i] / total.s[i]);
     }
   });
 }
 
-// What a row's backward needs.
-struct RowGradient {
-  float g_logprob, g_entropy, lse, lse_rest, entropy;  // log-sum-exp in two floats
-  int64_t column;  // of the target in this tile, or anything outside it
-};
-
-// sum → dy in place, for one row of a tile.
-inline void row_gradient(float* row, int64_t cols, const Head& head, const float* bias, const RowGradient& g) {
-  const vf shift = splat(g.entropy);
-  for (int64_t j = 0; j < cols; j += W) {
+// sums → dy for one row of a tile; `column` is the target's, or anything outside the tile.
+template <class S>
+inline void row_gradient(const S* sums, float* dy, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
+                         int64_t column) {
+  const auto gradient = [&](vf u, float one) {
+    if (head.softcap == 0) return g.of<false>(u, head) + one;
     vf slope;
-    const vf z = to_z(load(row + j), head, load(bias + j), &slope);
-    const vf log_p = (z - g.lse) - g.lse_rest, prob = exp(log_p);
-    vf dz = -g.g_logprob * prob;
-    if (g.g_entropy != 0) dz -= g.g_entropy * (prob > 0.0f ? prob * (log_p + shift) : prob);
-    const int64_t at = g.column - j;
-    if (at >= 0 && at < W) dz += lane_index() == (int32_t)at ? splat(g.g_logprob) : zero();
-    if (head.softcap > 0) dz *= slope;
-    if (head.temperature != 1) dz /= head.temperature;
-    store(row + j, dz);
-  }
+    u = soft_capped(u, head, &slope);
+    return (g.of<false>(u, head) + one) * slope;
+  };
+  float at_target = 0;
+  if (column >= 0 && column < cols) at_target = gradient(splat(to_float(sums[column]) + (bias ? bias[column] : 0)), g.g_logprob)[0];
+  if (bias)
+    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(sums + j) + load(bias + j), 0));
+  else
+    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(sums + j), 0));
+  if (column >= 0 && column < cols) dy[column] = at_target;
+}
+
+// A block of sums into C: added to a float C, or rounded once into C's dtype.
+template <class S>
+inline void write_gradient(const float* sums, int64_t rows, int64_t cols, int64_t ld, bool add, void* c, int64_t at, int64_t stride) {
+  if (!add) return write_block(sums, rows, cols, ld, (const S*)nullptr, (S*)c + at, stride);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < cols; j += W) {
+      const int n = (int)least(W, cols - j);
+      float* to = (float*)c + at + r * stride + j;
+      store_n(to, load_n(to, n) + load_n(sums + r * ld + j, n), n);
+    }
 }
 
 template <class S> void backward(const LinearLogprobBackwardParams& p) {
   using T = Compute<S>;
   using G = Gemm<T>;
   const S *hidden = (const S*)p.hidden, *weight = (const S*)p.weight;
-  S *dhidden = (S*)p.dhidden, *dweight = (S*)p.dweight, *dbias = (S*)p.dbias;
+  S* dbias = (S*)p.dbias;
+  void *dhidden = p.dhidden, *dweight = p.dweight;
   const ActiveRows rows(p.target, p.n, p.ignore_index);
   const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D), np = G::padded_k(n);
-  if (dhidden && n < p.n) memset((void*)dhidden, 0, p.n * D * sizeof(S));
+  if (dhidden && n < p.n) memset(dhidden, 0, p.n * D * (p.dhidden_float ? sizeof(float) : sizeof(S)));
   if (n == 0) {
-    if (dweight) memset((void*)dweight, 0, V * D * sizeof(S));
+    if (dweight && !p.dweight_add) memset(dweight, 0, V * D * sizeof(S));
     if (dbias) memset((void*)dbias, 0, V * sizeof(S));
     return;
   }
-  const Head head{p.temperature, p.softcap, !p.bias && p.softcap == 0 && p.temperature == 1};
+  if (dweight && !p.dweight_add) advise_huge(dweight, V * D * (int64_t)sizeof(S));
+  const Head head(p.temperature, p.softcap);
   const int64_t chunks = ceil_div(n, kRows), depths = ceil_div(D, kDepth);
   const int64_t fit = kGradientBytes / (2 * (int64_t)sizeof(T) * n) / kStep * kStep;
   const int64_t super = least(round_up(V, kStep), least(kMaxSuper, fit < kStep ? kStep : fit));
@@ -280,18 +272,19 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       const int64_t first = item % groups * group, last = least(chunks, first + group);
       T* w = packed + thread * size_packed;
       float* tile = tiles + thread * kRows * kBlock;
-      alignas(64) float bias[kBlock];
-      G::pack_b(weight + v * p.weight_stride, p.weight_stride, cols, D, w);
-      load_bias((const S*)p.bias, v, cols, bias);
+      alignas(64) float biases[kBlock];
+      const bool kept = v < p.kept_blocks * kBlock;
+      if (!kept) G::pack_b(weight + v * p.weight_stride, p.weight_stride, cols, D, w);
+      const float* bias = load_bias((const S*)p.bias, v, cols, biases);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t r = chunk * kRows, count = least(kRows, n - r);
-        G::gemm(count, cols, D, left + r * Dp, w, tile, kBlock, false);
+        if (!kept) G::gemm(count, cols, D, left + r * Dp, w, tile, kBlock, false);
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t row = rows.index[r + i];
-          const float g_entropy = p.dentropy ? p.dentropy[row] : 0;
-          const float lse = (float)p.lse[row], rest = isfinite(lse) ? (float)(p.lse[row] - lse) : 0;
-          row_gradient(tile + i * kBlock, cols, head, bias,
-                       {p.dlogprob[row], g_entropy, lse, rest, p.dentropy ? p.entropy[row] : 0, p.target[row] - v});
+          const int64_t row = rows.index[r + i], column = p.target[row] - v;
+          const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.dentropy ? p.entropy[row] : 0);
+          float* dy_row = tile + i * kBlock;
+          if (kept) row_gradient(kept_row<S>((void*)p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
+          else row_gradient(dy_row, dy_row, cols, head, bias, g, column);
         }
         for (int64_t i = 0; dhidden && i < count; i += G::MR)
           G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);
@@ -325,7 +318,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
         const int64_t at = item % ceil_div(width, kRows) * kRows, count = least(kRows, width - at);
         float* tile = tiles + thread * kRows * kBlock;
         G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, kDepth, false);
-        write_block(tile, count, cols, kDepth, (const S*)nullptr, dweight + (v0 + at) * D + d, D);
+        write_gradient<S>(tile, count, cols, kDepth, p.dweight_add, dweight, (v0 + at) * D + d, D);
       });
     for (int64_t j = 0; dbias && j < width; j += W) {
       const int cols = (int)least(W, width - j);
@@ -335,7 +328,8 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   if (dhidden)
     parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
       for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i)
-        write_block(dh + i * D, 1, D, D, (const S*)nullptr, dhidden + rows.index[i] * D, D);
+        if (p.dhidden_float) write_block(dh + i * D, 1, D, D, (const float*)nullptr, (float*)dhidden + rows.index[i] * D, D);
+        else write_block(dh + i * D, 1, D, D, (const S*)nullptr, (S*)dhidden + rows.index[i] * D, D);
     });
 }
 

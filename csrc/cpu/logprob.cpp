@@ -5,9 +5,8 @@
 // block are floats, everything across blocks is double, in order: so a row's bits depend on the row alone.
 #include "grpo_kernels.h"
 
-#include "parallel.h"
+#include "matmul.h"
 #include "softmax_rows.h"
-#include "simd/gemm.h"
 
 namespace tk::TK_ISA {
 
@@ -64,10 +63,12 @@ template <bool kEntropy, class S> void add_block(const S* y, int64_t n, const He
   if (peak > total->m) total->shift(peak, head);
   const vf base = splat(finite_max(total->m));
   vf sum[4] = {}, weighted[4] = {};
-  for (int64_t j = 0; j < padded; j += 4 * W)
+  for (int64_t j = 0; j < padded; j += 4 * W) {
+    for (int64_t i = 0; i < 4 * W; i += 64 / sizeof(S)) __builtin_prefetch(y + n + j + i, 0, 3);  // the next block meanwhile
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; ++i)
       accumulate((load(at + j + i * W) - base) * head.inverse_temperature, kEntropy, &sum[i], &weighted[i]);
+  }
   total->s += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if (kEntropy) total->t += reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
 }
@@ -85,6 +86,17 @@ struct Items {
     });
   }
 };
+
+// A gradient into its dtype. The instruction for bf16 flushes what is below 1e-38 to zero, and takes a fifth of the time.
+template <class S> void store_gradient(S* to, vf x) {
+#if defined(__AVX512BF16__)
+  if constexpr (same<S, bf16>) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    return memcpy((void*)to, &rounded, sizeof rounded), void();
+  }
+#endif
+  store(to, x);
+}
 
 template <class P> const char* row_of(const P& p, int64_t row, int64_t size) {
   return (const char*)p.logits + (row / p.s * p.stride[0] + row % p.s * p.stride[1]) * size;
@@ -127,7 +139,9 @@ template <class S> void forward(const LogprobForwardParams& p) {
 template <class S> void backward(const LogprobBackwardParams& p) {
   const Head head(p.temperature, p.softcap);
   const Items items(p.b * p.s, p.v);
+  constexpr bool kExact = sizeof(S) == 4;
   S* dlogits = (S*)p.dlogits;
+  advise_huge(dlogits, items.rows * p.v * (int64_t)sizeof(S));
   items.each(p.threads, [&](int64_t row, int64_t chunk) {
     const int64_t first = chunk * kChunk, n = least(kChunk, p.v - first), target = p.target[row];
     const S* y = (const S*)row_of(p, row, sizeof(S)) + first;
@@ -139,19 +153,19 @@ template <class S> void backward(const LogprobBackwardParams& p) {
     const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.entropy[row]);
     const auto gradient = [&](vf x) {
       vf slope;
-      if (head.softcap == 0) return g(x, head);
+      if (head.softcap == 0) return g.of<kExact>(x, head);
       const vf u = soft_capped(x, head, &slope);
-      return g(u, head) * slope;
+      return g.of<kExact>(u, head) * slope;
     };
     const int64_t whole = n / W * W;
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < whole; j += W) store(dy + j, gradient(load(y + j)));
+    for (int64_t j = 0; j < whole; j += W) store_gradient(dy + j, gradient(load(y + j)));
     if (whole < n) store_n(dy + whole, gradient(load_n(y + whole, (int)(n - whole))), (int)(n - whole));
     const int64_t at = target - first;
     if (at < 0 || at >= n) return;
     vf slope = splat(1.0f), x = splat(to_float(y[at]));  // the target's own, one more time with its 1
     const vf u = head.softcap > 0 ? soft_capped(x, head, &slope) : x;
-    dy[at] = from_float<S>(((g(u, head) + g.g_logprob) * slope)[0]);
+    dy[at] = from_float<S>(((g.of<kExact>(u, head) + g.g_logprob) * slope)[0]);
   });
 }
 

@@ -14,14 +14,16 @@ struct LinearLogprobForwardParams {
   const void* weight;       // [V, D]
   int64_t weight_stride;
   const void* bias;         // [V] or null
-  const int64_t* target;    // [N], each in 0..V-1 or ignore_index
+  const int64_t* target;    // [N], or ignore_index; a target outside 0..V-1 counts but is none of these words
   int64_t ignore_index;
   float temperature;        // > 0
   float softcap;            // > 0, or 0 for none
-  float* logprob;           // [N]; 0 where ignored
+  float* logprob;           // [N]; 0 where ignored, -inf where the target is none of these words
   float* entropy;           // [N] or null (then its work is saved); 0 where ignored
   double* lse;              // [N]: log-sum-exp of z, for the backward (rounded to float it would tilt every p of its row
                             // by up to 5e-7 at lse = 10); 0 where ignored
+  void* kept;               // [kept_blocks, N, 384] of dtype: the products h·w of the first kept_blocks blocks of 384 words,
+  int64_t kept_blocks;      // rows in the order of the active ones
   int32_t threads;
 };
 
@@ -41,8 +43,12 @@ struct LinearLogprobBackwardParams {
   const float* dentropy;    // [N] gradient of entropy, or null
   const double* lse;        // [N] from the forward
   const float* entropy;     // [N] from the forward; read only with dentropy
+  const void* kept;         // the forward's, or null
+  int64_t kept_blocks;
   void* dhidden;            // [N, D] contiguous, or null
+  bool dhidden_float;       // dhidden is float, whatever dtype
   void* dweight;            // [V, D] contiguous, or null
+  bool dweight_add;         // dweight is float, and the gradient is added to it
   void* dbias;              // [V] or null
   int32_t threads;
 };

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from thinkernel.ops.memory import empty, rows_contiguous
 from thinkernel.ops.policy_loss import (
-    METRICS, NORMALIZE, Numbers, advantages_op, covers, covers_rewards, kernel_options, normaliser, policy_loss_op,
+    METRICS,
+    NORMALIZE,
+    Numbers,
+    advantages_op,
+    covers,
+    covers_rewards,
+    kernel_options,
+    normaliser,
+    policy_loss_op,
 )  # fmt: skip
 from thinkernel.reference.policy_loss import REDUCTION, top_entropy_mask
 
