@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from thinkernel.ops.logprob import logprob_backward, logprob_forward, row_buffers
-from thinkernel.ops.memory import DTYPE_CODES, empty, rows_contiguous
+from thinkernel.ops.dispatch import C
+from thinkernel.ops.logprob import fields, logprob_backward, logprob_forward, row_buffers
+from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
 
 
 def covers(logits: Tensor, *rest: Any) -> str | None:
@@ -56,4 +58,32 @@ def triton_backward(
         logits, target, lse, ent, dlogprob, dentropy, dlogits, temperature=temperature, softcap=softcap or None,
         ignore_index=ignore_index,
     )
+    return dlogits
+
+
+@logprob_forward.kernel("cuda", covers)
+def cuda_forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """csrc/cuda/logprob_kernel.cuh."""
+    logits, target, entropy = rows_contiguous(logits), target.long().contiguous(), options[-1]
+    lp, ent, lse = row_buffers(tuple(target.shape), logits, entropy)
+    if target.numel():
+        with torch.cuda.device(logits.device):
+            C.logprob_forward_cuda(C.LogprobForwardParams(
+                **fields(logits, target, *options), logprob=lp.data_ptr(), entropy=ent.data_ptr() if entropy else 0, lse=lse.data_ptr(),
+            ), torch.cuda.current_stream().cuda_stream)  # fmt: skip
+    return lp, ent, lse
+
+
+@logprob_backward.kernel("cuda", _backward_covers)
+def cuda_backward(
+    dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, *options: Any
+) -> Tensor:
+    dlogprob, dentropy, logits, target, lse, ent = _backward_inputs(dlogprob, dentropy, logits, target.long(), lse, ent, options[-1])
+    dlogits = empty(tuple(logits.shape), logits)
+    if target.numel():
+        with torch.cuda.device(logits.device):
+            C.logprob_backward_cuda(C.LogprobBackwardParams(
+                **fields(logits, target, *options), dlogprob=dlogprob.data_ptr(), dentropy=pointer(dentropy), lse=lse.data_ptr(),
+                entropy=ent.data_ptr(), dlogits=dlogits.data_ptr(),
+            ), torch.cuda.current_stream().cuda_stream)  # fmt: skip
     return dlogits
