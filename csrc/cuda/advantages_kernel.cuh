@@ -9,9 +9,14 @@
 #include "policy_cuda.h"
 #include "simt.cuh"
 
+// Threads of a block over all samples; tests on the host build with fewer.
+#ifndef TK_ADVANTAGES_THREADS
+#define TK_ADVANTAGES_THREADS 256
+#endif
+
 namespace tk::cuda {
 
-constexpr int kGroupThreads = 32, kBatchThreads = 256;
+constexpr int kGroupThreads = 32, kBatchThreads = TK_ADVANTAGES_THREADS;
 enum Normalize { kGroup, kNone, kBatch, kRloo, kMaxRl, kWhiten };
 
 // Of the values that are not NaN; count weighs, seen does not.
@@ -29,7 +34,8 @@ struct Statistics {
   bool constant;
 };
 
-// value(i) counting weight(i) times, i in first … end - 1; the same for every thread of the block.
+// value(i) counting weight(i) times, i in first … end - 1; the same for every thread of the block. slots and sums are used in turn, so
+// that it may be called again at once.
 template <int THREADS, class Value, class Weight>
 __device__ __forceinline__ Statistics statistics(Moments (&slots)[THREADS / 32], double (&sums)[THREADS / 32], int64_t first, int64_t end,
                                                  int correction, const Value& value, const Weight& weight) {

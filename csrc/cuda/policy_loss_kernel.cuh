@@ -10,10 +10,18 @@
 #include "policy_cuda.h"
 #include "simt.cuh"
 
+// Threads and tokens of a block; tests on the host build with fewer.
+#ifndef TK_POLICY_THREADS
+#define TK_POLICY_THREADS 256
+#endif
+#ifndef TK_POLICY_TOKENS
+#define TK_POLICY_TOKENS 1024
+#endif
+
 namespace tk::cuda {
 
-constexpr int kPolicyThreads = 256;
-constexpr int64_t kBlockTokens = 1024;
+constexpr int kPolicyThreads = TK_POLICY_THREADS;
+constexpr int64_t kBlockTokens = TK_POLICY_TOKENS;
 
 using Scalar = policy::ScalarOps;
 

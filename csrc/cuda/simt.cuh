@@ -59,7 +59,7 @@ __device__ __forceinline__ T shuffle_down(const T& value, int delta) {
 }
 
 // The block's values merged into one, the same for every thread, in an order that only the number of threads decides: lanes
-// in a tree, then warps in sequence. slots: one a warp, block-shared.
+// in a tree, then warps in sequence. slots: one a warp, block-shared; not to be used again before the block has met at another barrier.
 template <int THREADS, class T, class Merge>
 __device__ __forceinline__ T block_merge(T (&slots)[THREADS / 32], T value, Merge merge) {
 #pragma unroll
@@ -68,7 +68,6 @@ __device__ __forceinline__ T block_merge(T (&slots)[THREADS / 32], T value, Merg
   block_barrier<1>();
   T all = slots[0];
   for (int warp = 1; warp < THREADS / 32; ++warp) all = merge(all, slots[warp]);
-  block_barrier<2>();  // the slots may be used again
   return all;
 }
 
