@@ -18,7 +18,7 @@ from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16]
-SMALL = [c for c in CASES if c.small and (c.family in ("attention", "linear") or "linear-logprob" in c.name)]
+SMALL = [c for c in CASES if c.small and c.family in ("attention", "linear", "grpo")]
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, *, key_start: Tensor | None = None, sinks: Tensor | None = None, causal: bool = True,
