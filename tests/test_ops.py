@@ -60,8 +60,6 @@ def test_opcheck(case, backend):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.filterwarnings("ignore:thinkernel:RuntimeWarning")
 def test_compiles_in_one_graph_with_the_eager_gradients(case):
-    if case.name == "grpo/advantages":
-        pytest.skip("grouping by rewards looks at their values; it runs once a step, outside compiled regions")
     torch._dynamo.reset()
     inputs = case.inputs(Draw(11))
     eager = _outputs(case, inputs, 11, case.run)
@@ -153,7 +151,7 @@ def test_explain_names_the_kernel_and_runs_nothing():
         assert tk.explain(tk.attention, q, q, q, causal=True) == "attention_forward: cpu"
     text = tk.explain(tk.grpo_loss, torch.randn(1, 3, 8), torch.randn(9, 8), torch.zeros(1, 3, dtype=torch.long), None,
                       torch.ones(1), torch.ones(1, 3))
-    assert "linear_logprob_forward" in text and "policy_loss: reference" in text
+    assert "linear_logprob_forward" in text and ("policy_loss: cpu" in text or dispatch.C is None)
     with tk.use_backend("reference"):
         assert tk.explain(tk.attention, q, q, q) == "attention_forward: reference"
 
@@ -288,7 +286,7 @@ def test_bad_input_names_the_argument(i):
         call()
 
 
-@pytest.mark.parametrize("name", ["dpo_loss", "ppo_value_loss", "native_sparse_attention", "block_attention", "patch", "unpatch"])
+@pytest.mark.parametrize("name", ["native_sparse_attention", "block_attention", "patch", "unpatch"])
 def test_what_is_not_there_yet_says_so_by_name(name):
     with pytest.raises(NotImplementedError, match=f"{name} is not implemented yet"):
         getattr(tk, name)(None)

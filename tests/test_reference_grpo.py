@@ -315,7 +315,7 @@ def test_advantages_dtypes_and_errors() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name}:"):
             group_advantages(r, **kw)
-    with pytest.raises(NotImplementedError, match="^whiten_over"):
+    with pytest.raises(ValueError, match="^token_counts"):
         group_advantages(r, 4, whiten_over="tokens")
 
 

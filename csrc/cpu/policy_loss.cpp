@@ -36,14 +36,18 @@ struct Partial {
   float ratio_min = INFINITY, ratio_max = -INFINITY;
 };
 
-// W mask elements as bits; n < W at the end of a row.
-uint32_t mask_bits(const void* mask, int64_t at, int n, int bytes, bool is_float) {
-  uint32_t bits = 0;
-  if (bytes == 1) {
+// W mask elements of `bytes` each as bits; n < W at the end of a row. keep: the bits of an element that count.
+template <int bytes> inline uint32_t mask_bits(const void* mask, int64_t at, int n, uint64_t keep) {
+  if constexpr (bytes == 1) {
     uint64_t x[2] = {0, 0};
     const uint8_t* p = (const uint8_t*)mask + at;
     if (n == W) memcpy(x, p, W);
     else memcpy(x, p, n);
+#if defined(__AVX512F__)
+    const __m128i all = _mm_set_epi64x((int64_t)x[1], (int64_t)x[0]);
+    return (uint32_t)_mm_test_epi8_mask(all, all);
+#else
+    uint32_t bits = 0;
     for (int i = 0; i < (W + 7) / 8; ++i) {
       uint64_t y = x[i] | x[i] >> 4;
       y |= y >> 2;
@@ -51,8 +55,8 @@ uint32_t mask_bits(const void* mask, int64_t at, int n, int bytes, bool is_float
       bits |= (uint32_t)((y * 0x0102040810204080u) >> 56) << 8 * i;
     }
     return bits;
+#endif
   }
-  const uint64_t keep = is_float ? ~(uint64_t)0 >> (65 - 8 * bytes) : ~(uint64_t)0;  // without the sign bit
   if (n == W && bytes == 4) {
     vi x;
     memcpy(&x, (const int32_t*)mask + at, sizeof x);
@@ -66,14 +70,31 @@ uint32_t mask_bits(const void* mask, int64_t at, int n, int bytes, bool is_float
            (uint32_t)_mm512_test_epi64_mask(_mm512_loadu_si512(p + 8), all) << 8;
   }
 #endif
+  uint32_t bits = 0;
   for (int i = 0; i < n; ++i) {
     uint64_t x = 0;
-    if (bytes == 8) x = ((const uint64_t*)mask)[at + i];
-    else if (bytes == 4) x = ((const uint32_t*)mask)[at + i];
-    else x = ((const uint16_t*)mask)[at + i];
+    memcpy(&x, (const char*)mask + (at + i) * bytes, bytes);  // little-endian
     bits |= (uint32_t)((x & keep) != 0) << i;
   }
   return bits;
+}
+
+// The mask bits of n tokens, W in a word; returns how many are set.
+template <int bytes> int64_t pack_mask(const void* mask, int64_t at, int64_t n, bool is_float, uint16_t* words) {
+  const uint64_t keep = is_float ? ~(uint64_t)0 >> (65 - 8 * bytes) : ~(uint64_t)0;  // a float's sign does not count
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += W) {
+    const uint32_t bits = mask_bits<bytes>(mask, at + i, (int)least(W, n - i), keep);
+    *words++ = (uint16_t)bits;
+    count += count_bits(bits);
+  }
+  return count;
+}
+int64_t pack_mask(int bytes, const void* mask, int64_t at, int64_t n, bool is_float, uint16_t* words) {
+  if (bytes == 1) return pack_mask<1>(mask, at, n, is_float, words);
+  if (bytes == 2) return pack_mask<2>(mask, at, n, is_float, words);
+  if (bytes == 4) return pack_mask<4>(mask, at, n, is_float, words);
+  return pack_mask<8>(mask, at, n, is_float, words);
 }
 
 // Where the tokens of a block lie in each tensor.
@@ -120,7 +141,7 @@ class PolicyLoss {
   }
 
   void run() {
-    for_blocks([&](int64_t i) { sums_ ? first_pass<true>(i) : first_pass<false>(i); });
+    for_blocks([&](int64_t i) { first_pass(i); });
     finish_sequences();
     if (p_.top_entropy > 0) select_top();
     else bonus_ = tokens_;
@@ -161,22 +182,21 @@ class PolicyLoss {
   }
 
   // The mask as bits, and the sums of a sequence.
-  template <bool sums> void first_pass(int64_t index) {
+  void first_pass(int64_t index) {
     const Block b = blocks_[index];
+    Partial& out = partials_[index];
+    const uint16_t* words = words_ + b.words;
+    out.tokens = pack_mask(p_.mask_bytes, p_.mask, p_.cu_seqlens ? b.place : b.sequence * p_.mask_stride + b.start, b.length,
+                           p_.mask_is_float, words_ + b.words);
+    if (!sums_) return;
     const policy::Options o = o_;
     const Rows rows(p_, b);
-    const int64_t mask_at = p_.cu_seqlens ? b.place : b.sequence * p_.mask_stride + b.start;
     const float log_low = o.rollout_low > 0 ? logf(o.rollout_low) : -INFINITY;
     const float log_high = o.rollout_high > 0 ? logf(o.rollout_high) : -INFINITY;
-    uint16_t* words = words_ + b.words;
-    int64_t tokens = 0;
     Sum log_ratio, drift, rollout, log_weight;
-    for (int64_t i = 0; i < b.length; i += W) {
-      const int n = (int)least(W, b.length - i);
-      const uint32_t bits = mask_bits(p_.mask, mask_at + i, n, p_.mask_bytes, p_.mask_is_float);
-      *words++ = (uint16_t)bits;
-      tokens += count_bits(bits);
-      if (!sums || bits == 0) continue;
+    over_words(b, [&](int64_t i, int n) {
+      const uint32_t bits = *words++;
+      if (bits == 0) return;
       const vi on = lanes_of(bits);
       const policy::Token<Ops> t = rows.token(i, n, on);
       const policy::SequenceTerms<Ops> s = policy::sequence_terms<Ops>(t, o, log_low, log_high);
@@ -184,13 +204,25 @@ class PolicyLoss {
       drift.add(s.drift);
       rollout.add(s.rollout);
       if (o.form == policy::Form::vespo) log_weight.add(select(on, s.log_weight, zero()));
-    }
-    Partial& out = partials_[index];
-    out.tokens = tokens;
+    }, [&] {
+      log_ratio.flush();
+      drift.flush();
+      rollout.flush();
+      log_weight.flush();
+    });
     out.log_ratio = log_ratio.total();
     out.drift = drift.total();
     out.rollout = rollout.total();
     out.log_weight = log_weight.total();
+  }
+
+  // body(first token, how many) for every W tokens of a block; flush() after every Sum::kRun of them.
+  template <class F, class G> static void over_words(const Block& b, const F& body, const G& flush) {
+    for (int64_t start = 0; start < b.length; start += Sum::kRun * W) {
+      const int64_t end = least(b.length, start + Sum::kRun * W);
+      for (int64_t i = start; i < end; i += W) body(i, (int)least(W, b.length - i));
+      flush();
+    }
   }
 
   // body(sequence, first block, past its last block), in order.
@@ -257,22 +289,25 @@ class PolicyLoss {
     const vf dentropy = splat((float)(-p_.entropy_coef / (bonus_ > 0 ? (double)bonus_ : 1.0)));
     const bool top = p_.top_entropy > 0, masks_rollout = o.rollout != policy::Rollout::none;
     const float threshold = threshold_;
+    const bool clips = o.form == policy::Form::clipped;
+    const vf low = splat(clips ? o.ratio_low : -INFINITY);
+    const vf high = splat(clips || o.form == policy::Form::cispo ? o.ratio_high : INFINITY);
     float* const dlogprob = p_.dlogprob ? p_.dlogprob + b.place : nullptr;
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;
     const uint16_t* words = words_ + b.words;
     Sum loss, slope, approx_kl, ratio, kl, rollout_ratio, kept, entropy, bonus_entropy;
+    Sum* const all[] = {&loss, &slope, &approx_kl, &ratio, &kl, &rollout_ratio, &kept, &entropy, &bonus_entropy};
     vf least_ratio = splat(INFINITY), most_ratio = splat(-INFINITY);
     int64_t clipped_low = 0, clipped_high = 0;
 
-    for (int64_t i = 0; i < b.length; i += W) {
-      const int n = (int)least(W, b.length - i);
+    over_words(b, [&](int64_t i, int n) {
       const uint32_t bits = *words++;
       if (bits == 0) {
         if (dlogprob) store_n(dlogprob + i, zero(), n);
         if (dref) store_n(dref + i, zero(), n);
         if (dent) store_n(dent + i, zero(), n);
-        continue;
+        return;
       }
       const vi on = lanes_of(bits);
       const auto keep = [&](vf x) { return select(on, x, zero()); };
@@ -300,14 +335,16 @@ class PolicyLoss {
         slope.add(keep(weight * x.slope));
         if (dlogprob) store_n(dlogprob + i, keep(weight * x.direct), n);
       }
-      clipped_low += count_bits(bits & bits_of(x.clipped_low));
-      clipped_high += count_bits(bits & bits_of(x.clipped_high));
+      clipped_low += count_bits(bits & bits_of(x.ratio < low) & bits_of(t.advantage < 0.0f));
+      clipped_high += count_bits(bits & bits_of(x.ratio > high) & bits_of(t.advantage > 0.0f));
       if (o.kl != policy::Kl::none) kl.add(keep(x.kl));
       if (masks_rollout) rollout_ratio.add(keep(x.rollout_ratio));
       if (o.off_policy) kept.add(keep(x.kept));
       if (dref) store_n(dref + i, keep(weight * x.dref), n);
       if (dent) store_n(dent + i, select(bonus, dentropy, zero()), n);
-    }
+    }, [&] {
+      for (Sum* sum : all) sum->flush();
+    });
 
     Partial& out = partials_[index];
     out.loss = loss.total();

@@ -15,26 +15,22 @@ struct VectorOps {
   static TK_POLICY V min(V a, V b) { return TK_ISA::min(a, b); }
   static TK_POLICY V max(V a, V b) { return TK_ISA::max(a, b); }
   static TK_POLICY V select(M m, V a, V b) { return m ? a : b; }
-  static TK_POLICY M both(M a, M b) { return a & b; }
   static TK_POLICY M either(M a, M b) { return a | b; }
 
   // e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with vec.h's reduction x = n ln2 + r and one more term of the series: at most
   // 1.3 ulp off where |x| < 60 (measured); from there it is e^x, and -1 below -60.
   static TK_POLICY V expm1(V x, V* e) {
-    x = x < -104.0f ? splat(-104.0f) : x;
-    x = x > 89.0f ? splat(89.0f) : x;
+    x = min(splat(89.0f), max(splat(-104.0f), x));
     const V magic = splat(12582912.0f);
     const V t = fma(x, splat(1.44269504088896341f), magic);
     const V n = t - magic;
     V r = fma(n, splat(-0.693145751953125f), x);
     r = fma(n, splat(-1.42860682030941723212e-6f), r);
-    V p = splat(1.98412698e-4f);
-    p = fma(p, r, splat(1.38888889e-3f));
-    p = fma(p, r, splat(8.33333333e-3f));
-    p = fma(p, r, splat(4.16666667e-2f));
-    p = fma(p, r, splat(0.166666667f));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r * r, r);  // e^r - 1
+    // the Taylor series, its terms in pairs: the chain of dependent steps is what the loss pass waits for
+    const V r2 = r * r;
+    const V a = fma(splat(1.98412698e-4f), r, splat(1.38888889e-3f)), b = fma(splat(8.33333333e-3f), r, splat(4.16666667e-2f));
+    const V c = fma(splat(0.166666667f), r, splat(0.5f));
+    const V p = fma(fma(fma(a, r2, b), r2, c), r2, r);  // e^r - 1
     const V q = p + 1.0f;
 #if defined(__AVX512F__)
     const V power = (V)_mm512_scalef_ps((__m512)splat(1.0f), (__m512)n);
@@ -52,24 +48,29 @@ struct VectorOps {
 // Double lanes, W / 2 of them.
 typedef double vd __attribute__((vector_size(W * 4), may_alias));
 
-// A sum of floats, lane by lane in double.
+// A sum of floats: up to kRun vectors in float, and those partial sums lane by lane in double.
 struct Sum {
+  static constexpr int kRun = 8;  // converting every vector took a fifth of the loss pass
+  vf run = vf{};
   vd low = vd{}, high = vd{};
-  void add(vf x) {
+  void add(vf x) { run += x; }
+  void flush() {
 #if defined(__AVX512F__)
-    low += (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
-    high += (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+    low += (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)run));
+    high += (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)run, 1));
 #elif defined(__AVX__)
-    low += (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
-    high += (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+    low += (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)run));
+    high += (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)run, 1));
 #else
     for (int i = 0; i < W / 2; ++i) {
-      low[i] += x[i];
-      high[i] += x[W / 2 + i];
+      low[i] += run[i];
+      high[i] += run[W / 2 + i];
     }
 #endif
+    run = vf{};
   }
-  double total() const {
+  double total() {
+    flush();
     double sum = 0;
     for (int i = 0; i < W / 2; ++i) sum += low[i];
     for (int i = 0; i < W / 2; ++i) sum += high[i];

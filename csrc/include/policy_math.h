@@ -6,7 +6,7 @@
 //   V          a value (float, or a vector of floats);  M a condition (bool, or a vector mask)
 //   splat(float) -> V;  exp(V);  abs(V);  expm1(V, V* exp): e^x - 1 without cancellation, and e^x where a pointer is given
 //   min(V a, V b), max(V a, V b): b where either is NaN, so min(limit, x) keeps a NaN x. fminf does not: a < b ? a : b does
-//   select(M, V, V), both(M, M), either(M, M)
+//   select(M, V, V), either(M, M)
 //   and + - * / < > >= == between V's must work, the comparisons giving M.
 // `ScalarOps` below is the one for a CUDA thread (and plain C++).
 //
@@ -14,6 +14,7 @@
 //   1  over tokens:      sequence_terms()  summed per sequence          only where needs_sequence_sums(options)
 //   2  per sequence:     finish_sequence() -> SequenceFactors           always (it holds 1 / tokens too)
 //   3  over tokens:      token_loss() -> TokenLoss; loss += weight · result.loss, and the metrics.
+//        (clip fractions: ratio < ratio_low and A < 0; ratio > ratio_high and A > 0; clipped forms, and cispo the latter)
 //        ratio per token:     dlogprob = weight · token_gradient(...)
 //        ratio per sequence:  dlogprob = weight · result.direct, and G = Σ_tokens weight · result.slope of the sequence
 //   4  over tokens, ratio per sequence: dlogprob += sequence_gradient(logprob, old, G · factors.slope, options)
@@ -103,7 +104,6 @@ template <class Ops> struct TokenLoss {
   V approx_kl;                    // r - 1 - log r with the token's own r
   V kept;                         // off-policy mask, 1 or 0
   M inside;                       // log r was not clamped
-  M clipped_low, clipped_high;    // clipped forms and (high) cispo
 };
 
 template <class Ops> TK_POLICY typename Ops::V clamp(typename Ops::V x, float low, float high) {
@@ -200,23 +200,15 @@ template <class Ops> TK_POLICY TokenLoss<Ops> token_loss(const Token<Ops>& t, co
 
   // ---- loss: value, gradient past the ratio (direct), gradient to the log weight (slope)
   V loss, direct = zero, slope = zero;
-  out.clipped_low = out.clipped_high = zero > zero;
   if (o.form == Form::clipped) {
-    const V low = Ops::splat(o.ratio_low), high = Ops::splat(o.ratio_high), cap = Ops::splat(o.delta);
-    const V x = Ops::min(cap, r) * a, y = Ops::min(high, Ops::max(low, r)) * a;
-    // torch's conventions: a clamp passes the gradient at its bounds, a minimum of equals shares it
-    const V pass_x = Ops::select(r > cap, zero, one);
-    const V pass_y = Ops::select(Ops::either(r < low, r > high), zero, one);
-    const V half = Ops::splat(0.5f) * (pass_x + pass_y);
+    const V capped = Ops::min(Ops::splat(o.delta), r), clipped = clamp<Ops>(r, o.ratio_low, o.ratio_high);
+    const V x = capped * a, y = clipped * a;
     loss = -Ops::min(x, y);
-    slope = -a * Ops::select(x < y, pass_x, Ops::select(x > y, pass_y, half)) * r;
-    out.clipped_low = Ops::both(r < low, a < zero);
-    out.clipped_high = Ops::both(r > high, a > zero);
+    // the side that the minimum takes passes the gradient where it is r itself, at its bounds too; equals are both r
+    slope = Ops::select(Ops::select(x > y, clipped, capped) == r, -a * r, zero);
   } else if (o.form == Form::cispo) {
-    const V high = Ops::splat(o.ratio_high);
-    direct = -Ops::min(high, r) * a;
+    direct = -Ops::min(Ops::splat(o.ratio_high), r) * a;
     loss = direct * t.logprob;
-    out.clipped_high = Ops::both(r > high, a > zero);
   } else if (o.form == Form::sapo) {
     const V tau = Ops::select(a > zero, Ops::splat(o.tau_positive), Ops::splat(o.tau_negative));
     const V x = tau * (r - one), e = Ops::exp(-Ops::abs(x)), q = one / (one + e);  // sigmoid(|x|)
@@ -297,7 +289,6 @@ struct ScalarOps {
   static TK_POLICY V min(V a, V b) { return a < b ? a : b; }
   static TK_POLICY V max(V a, V b) { return a > b ? a : b; }
   static TK_POLICY V select(M m, V a, V b) { return m ? a : b; }
-  static TK_POLICY M both(M a, M b) { return a && b; }
   static TK_POLICY M either(M a, M b) { return a || b; }
 };
 

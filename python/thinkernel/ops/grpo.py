@@ -19,6 +19,8 @@ from thinkernel.ops.logprob import HEAD, check_target, row_buffers, wide
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
 from thinkernel.ops.policy_loss import group_advantages as group_advantages
 from thinkernel.ops.policy_loss import policy_loss as policy_loss
+from thinkernel.ops.preference import dpo_loss as dpo_loss
+from thinkernel.ops.preference import ppo_value_loss as ppo_value_loss
 from thinkernel.reference import grpo as reference
 
 # ---- linear_logprob --------------------------------------------------------------------------------------------
@@ -367,13 +369,3 @@ def grpo_loss(
         softcap=softcap, ignore_index=ignore_index, entropy=entropy, keep_logits=keep_logits, group=group,
     )
     return policy_loss(lp, old_logprob, advantages, mask, entropy=ent, **policy)
-
-
-def dpo_loss(*args: Any, **kwargs: Any) -> Tensor:
-    """Direct preference optimisation on sequence log-probabilities. Not implemented yet."""
-    raise NotImplementedError("dpo_loss is not implemented yet")
-
-
-def ppo_value_loss(*args: Any, **kwargs: Any) -> Tensor:
-    """PPO's clipped value loss. Not implemented yet."""
-    raise NotImplementedError("ppo_value_loss is not implemented yet")

@@ -70,9 +70,9 @@ _NEEDS, _ARGUMENTS = 9, 16
 _DIFFERENTIABLE = (0, 6, 4)  # logprob, entropy, ref_logprob among the arguments
 policy_loss_backward = Op(
     "policy_loss_backward",
-    "(Tensor dloss, Tensor[] gradients) -> Tensor[]",
-    lambda dloss, gradients: [torch.empty_like(g) for g in gradients],
-)
+    "(Tensor dloss, Tensor logprob, Tensor dlogprob, Tensor dentropy, Tensor dref) -> (Tensor, Tensor, Tensor)",
+    lambda dloss, logprob, *gradients: tuple(torch.empty_like(g) for g in gradients),
+)  # logprob is there so that differentiating the result is noticed
 
 
 @policy_loss_op.check
@@ -95,7 +95,7 @@ def reference_loss(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """The op's arguments -> loss, metrics [13] (0 for those that do not apply), in plain torch."""
-    n = {name: None if math.isnan(x) else x for name, x in Numbers(*numbers)._asdict().items()}
+    n: dict[str, Any] = {name: None if math.isnan(x) else x for name, x in Numbers(*numbers)._asdict().items()}
     items, length = n.pop("items"), n.pop("max_completion_length")
     loss, found = reference_policy_loss(
         logprob, old_logprob, advantages, mask, loss_type=loss_type, kl=kl, ref_logprob=ref_logprob,
@@ -105,15 +105,14 @@ def reference_loss(
         num_items_in_batch=items if num_items_in_batch is None else num_items_in_batch,
         max_completion_length=None if length is None else int(length), tau=(n.pop("tau_positive"), n.pop("tau_negative")),
         cu_seqlens=cu_seqlens, **n,
-    )  # type: ignore[arg-type]
+    )
     none = loss.new_zeros(())
     return loss, torch.stack([found.get(name, none).to(loss.dtype) for name in METRICS])
 
 
 def _under_autograd(*args: Any) -> tuple[Tensor, ...]:
     """The reference as the op's results; its gradients are autograd's, so those slots stay empty."""
-    none = args[0].new_empty(0)
-    return (*reference_loss(*args), none, none, none)
+    return (*reference_loss(*args), *(args[0].new_empty(0) for _ in _DIFFERENTIABLE))
 
 
 @policy_loss_op.kernel("reference")
@@ -123,8 +122,7 @@ def _reference(*args: Any) -> tuple[Tensor, ...]:
     positions = [i for i, need in zip(_DIFFERENTIABLE, args[_NEEDS], strict=True) if need and args[i] is not None]
     grads = gradients(lambda *a: reference_loss(*a)[0], args, positions, (torch.ones_like(loss),)) if positions else []
     found = dict(zip(positions, grads, strict=True))
-    none = args[0].new_empty(0)
-    return loss, metrics, *(found.get(i, none) for i in _DIFFERENTIABLE)
+    return loss, metrics, *(found[i] if i in found else args[0].new_empty(0) for i in _DIFFERENTIABLE)
 
 
 def covers(logprob: Tensor, *rest: Any) -> str | None:
@@ -188,7 +186,7 @@ def _cpu(
         advantages = rows_contiguous(advantages)
     sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    results = [empty(shape if need else (0,), logprob) for need in needs]
+    results = [empty(shape, logprob) if need else torch.empty(0) for need in needs]
     dlogprob, dentropy, dref = (x.data_ptr() if need else 0 for x, need in zip(results, needs, strict=True))
     C.policy_loss(C.PolicyLossParams(
         **kernel_options(loss_type, kl if ref_at else None, rollout_correction, sequence_level, kl_correction, n),
@@ -208,38 +206,36 @@ def _cpu(
 for _backend in BACKENDS:
 
     @policy_loss_backward.kernel(_backend)
-    def _scale(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-        return [g * dloss for g in gradients]
+    def _scale(dloss: Tensor, logprob: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g * dloss for g in gradients)
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*args[:_NEEDS])
     ctx.options = args[_NEEDS:]
-    ctx.gradients = [g for g, need in zip(outputs[2:], args[_NEEDS], strict=True) if need]
+    ctx.gradients = list(outputs[2:])
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Any, ...]:
     """The forward's gradients times dloss, in place: a fresh [B, S] costs more (page faults) than its contents."""
-    needs = ctx.options[0]
-    if any(ctx.needs_input_grad[i] and not need for i, need in zip(_DIFFERENTIABLE, needs, strict=True)):
-        raise RuntimeError("thinkernel::policy_loss: a gradient is wanted that `needs` left out; call tk.policy_loss")
+    needs, *options = ctx.options
+    wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     result: list[Any] = [None] * _ARGUMENTS
     if dloss is None:
         return tuple(result)
     found, ctx.gradients = ctx.gradients, None
-    if found is None:  # a second backward through a retained graph
-        with torch.no_grad():
-            outputs = policy_loss_op(*ctx.saved_tensors, *ctx.options)
-        found = [g for g, need in zip(outputs[2:], needs, strict=True) if need]
+    if found is None or any(want and not need for want, need in zip(wanted, needs, strict=True)):
+        with torch.no_grad():  # a second backward through a retained graph, or a raw call that asked for no gradients
+            found, needs = list(policy_loss_op(*ctx.saved_tensors, wanted, *options)[2:]), wanted
+    as_it_is = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1  # most often it is 1
     if torch.is_grad_enabled():
-        found = policy_loss_backward(dloss, found)  # which refuses to be differentiated
-    else:
-        found = [g.mul_(dloss) for g in found]
-    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
+        found = policy_loss_backward(dloss, ctx.saved_tensors[0], *found)  # which refuses to be differentiated
+        as_it_is = True
+    for position, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
         if need:
-            result[position] = found.pop(0)
+            result[position] = gradient if as_it_is else gradient.mul_(dloss)
     return tuple(result)
 
 
@@ -326,7 +322,7 @@ def policy_loss(
     if entropy is not None and not needs[1]:
         entropy = entropy.detach()
     nan = math.nan
-    number = num_items_in_batch is not None and items is None
+    number = nan if num_items_in_batch is None or isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     loss, values, *_ = policy_loss_op(
         _as(logprob, wide), _constant(old_logprob, wide), _constant(advantages, wide), mask, _as(ref_logprob, wide),
         _constant(rollout_logprob, wide), _as(entropy, wide), items, cu_seqlens, needs, loss_type, kl, rollout_correction,
@@ -335,11 +331,11 @@ def policy_loss(
             epsilon, epsilon if epsilon_high is None else epsilon_high, nan if delta is None else delta, beta,
             nan if rollout_clip[0] is None else rollout_clip[0], nan if rollout_clip[1] is None else rollout_clip[1],
             nan if off_policy_threshold is None else off_policy_threshold, entropy_coef,
-            nan if top_entropy is None else top_entropy, num_items_in_batch if number else nan,
+            nan if top_entropy is None else top_entropy, number,
             nan if max_completion_length is None else max_completion_length,
             nan if log_ratio_clamp is None else log_ratio_clamp, tau[0], tau[1],
         ),
-    )  # type: ignore[arg-type]
+    )
     metrics = dict(zip(METRICS, values.unbind(), strict=True))
     if off_policy_threshold is None:
         del metrics["off_policy_kept"]

@@ -392,23 +392,71 @@ def head_case(name: str, N: int, D: int, V: int, *, bias: bool = False, small: b
     return Case("grpo", f"grpo/linear-logprob-{name}", inputs, run, ("hidden", "weight", *(("bias",) if bias else ())), small=small)
 
 
-def _token_loss(draw: Draw) -> Inputs:
-    logprob = -draw.normal(4, 9, dtype=torch.float32).abs()
-    mask = torch.ones(4, 9)
+def token_loss(draw: Draw, *names: str, packed: bool = False) -> Inputs:
+    """What policy_loss takes, with holes in the mask and an empty sequence; `names` are the optional tensors."""
+    B, S = 4, 9
+    logprob = -draw.normal(B, S, dtype=torch.float32).abs()
+    mask = torch.ones(B, S)
     mask[1, 5:] = 0
+    mask[2, 2] = 0
     mask[3] = 0
-    return dict(
-        logprob=logprob, old_logprob=logprob + draw.normal(4, 9, scale=0.2, dtype=torch.float32),
-        ref_logprob=logprob + draw.normal(4, 9, scale=0.2, dtype=torch.float32), advantages=draw.normal(4, dtype=torch.float32),
-        mask=mask,
+    near = lambda: logprob + draw.normal(B, S, scale=0.2, dtype=torch.float32)
+    inputs = dict(
+        logprob=logprob, old_logprob=near(), ref_logprob=near(), rollout_logprob=near(),
+        entropy=draw.normal(B, S, dtype=torch.float32).abs(), advantages=draw.normal(B, dtype=torch.float32), mask=mask,
     )
+    inputs = {k: v for k, v in inputs.items() if k in (*names, "logprob", "old_logprob", "advantages", "mask")}
+    if not packed:
+        return inputs
+    lengths = torch.tensor([9, 6, 4, 0])
+    inside = torch.arange(S) < lengths[:, None]
+    inputs = {k: v[inside] if v.dim() == 2 else v for k, v in inputs.items()}
+    return inputs | dict(cu_seqlens=torch.tensor([0, 9, 15, 19, 19], dtype=torch.int32))
 
 
-def loss_case(loss_type: str, **options: Any) -> Case:
+LOSS_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # options, the tensors they need
+    "plain": ({}, ()),
+    "delta": (dict(delta=1.5, epsilon_high=0.28), ()),
+    "k1": (dict(beta=0.1, kl="k1"), ("ref_logprob",)),
+    "k2": (dict(beta=0.1, kl="k2"), ("ref_logprob",)),
+    "k3": (dict(beta=0.1), ("ref_logprob",)),
+    "k3-corrected": (dict(beta=0.1, kl_correction=True), ("ref_logprob",)),
+    "off-policy": (dict(off_policy_threshold=0.0), ("rollout_logprob",)),
+    "entropy-bonus": (dict(entropy_coef=0.03), ("entropy",)),
+    "top-entropy": (dict(top_entropy=0.4, entropy_coef=0.03), ("entropy",)),
+    "global-tokens": (dict(num_items_in_batch=40), ()),
+    "sequence-ratio": (dict(importance_sampling_level="sequence"), ()),
+    "token-truncate": (dict(rollout_correction="token_truncate", rollout_clip=(None, 1.1)), ("rollout_logprob",)),
+    "token-mask": (dict(rollout_correction="token_mask", rollout_clip=(0.8, 1.2)), ("rollout_logprob",)),
+    "sequence-truncate": (dict(rollout_correction="sequence_truncate", rollout_clip=(None, 1.1)), ("rollout_logprob",)),
+    "sequence-mask": (dict(rollout_correction="sequence_mask", rollout_clip=(0.2, 5.0)), ("rollout_logprob",)),
+}
+LOSS_TYPES: dict[str, dict[str, Any]] = {
+    "grpo": {}, "bnpo": {}, "dr_grpo": dict(max_completion_length=9), "dapo": dict(epsilon_high=0.28), "gspo": {},
+    "cispo": dict(epsilon_high=1.3), "sapo": {}, "luspo": {}, "vespo": {}, "ppo": {}, "reinforce": {}, "rloo": {},
+}
+
+
+def loss_case(loss_type: str, option: str = "plain", *, packed: bool = False, small: bool = True) -> Case:
+    arguments, tensors = LOSS_OPTIONS[option]
+    arguments = LOSS_TYPES[loss_type] | arguments
+    gradients = tuple(name for name in ("logprob", "entropy", "ref_logprob") if name == "logprob" or name in tensors)
+    name = f"grpo/policy-loss-{loss_type}" + f"-{option}" * (option != "plain") + "-packed" * packed
     return Case(
-        "grpo", f"grpo/policy-loss-{loss_type}", _token_loss,
-        lambda **x: tk.policy_loss(**x, loss_type=loss_type, beta=0.1, **options)[0], ("logprob",),
+        "grpo", name, lambda draw: token_loss(draw, *tensors, packed=packed),
+        lambda **x: tk.policy_loss(**x, loss_type=loss_type, **arguments)[0], gradients, small=small,
     )
+
+
+def loss_cases() -> list[Case]:
+    """Every loss type plain and packed, and with every option that it takes; opcheck and compilation do with the first."""
+    cases = [loss_case(loss_type) for loss_type in LOSS_TYPES]
+    cases += [loss_case(loss_type, packed=True, small=loss_type == "dapo") for loss_type in LOSS_TYPES]
+    for loss_type in LOSS_TYPES:
+        for option in LOSS_OPTIONS:
+            if option != "plain" and not (loss_type == "vespo" and option.startswith("sequence")):
+                cases.append(loss_case(loss_type, option, small=loss_type == "dapo"))
+    return cases
 
 
 def _grpo_loss(draw: Draw) -> Inputs:
@@ -419,10 +467,31 @@ def _grpo_loss(draw: Draw) -> Inputs:
     )
 
 
-def _rewards(draw: Draw) -> Inputs:
-    rewards = draw.normal(24, dtype=torch.float32)
+def _rewards(draw: Draw, *each: int) -> Inputs:
+    rewards = draw.normal(24, *each, dtype=torch.float32)
     rewards[3], rewards[8:12] = float("nan"), 1.0
     return dict(rewards=rewards)
+
+
+def _ragged(draw: Draw) -> Inputs:
+    return _rewards(draw) | dict(group_ids=draw.integers(0, 5, 24))
+
+
+def advantage_cases() -> list[Case]:
+    def case(name: str, inputs: Callable[[Draw], Inputs], **options: Any) -> Case:
+        return Case("grpo", f"grpo/advantages-{name}", inputs, lambda **x: tk.group_advantages(**x, **options))
+
+    one = [case(n, _rewards, group_size=4, normalize=n) for n in ("group", "none", "batch", "rloo", "maxrl", "whiten")]
+    weights = torch.tensor([1.0, 0.25, 2.0])
+    return [
+        *one,
+        case("ragged", _ragged),
+        case("population-std", _rewards, group_size=4, correction=0, eps=1e-4),
+        case("sum", lambda draw: _rewards(draw, 3), group_size=4, weights=weights),
+        case("gdpo", lambda draw: _rewards(draw, 3), group_size=4, weights=weights, aggregation="normalize_then_sum"),
+        case("gdpo-tokens", lambda draw: _rewards(draw, 3) | dict(token_counts=draw.integers(1, 99, 24)), group_size=4,
+             aggregation="normalize_then_sum", whiten_over="tokens"),
+    ]
 
 
 GRPO = [
@@ -433,11 +502,8 @@ GRPO = [
     Case("grpo", "grpo/logprob",
          lambda draw: dict(logits=draw.normal(11, 203, scale=3.0), target=draw.integers(0, 203, 11)),
          lambda **x: tk.logprob(**x, temperature=0.8), ("logits",)),
-    Case("grpo", "grpo/advantages", _rewards, lambda **x: tk.group_advantages(**x, group_size=4)),
-    loss_case("grpo"),
-    loss_case("dr_grpo", max_completion_length=9),
-    loss_case("dapo", epsilon_high=0.28, num_items_in_batch=40),
-    loss_case("gspo"),
+    *advantage_cases(),
+    *loss_cases(),
     Case("grpo", "grpo/grpo-loss", _grpo_loss, lambda **x: tk.grpo_loss(**x)[0], ("hidden", "weight")),
 ]
 
