@@ -21,7 +21,7 @@ template <class St> struct Forward {
   using T = Compute<St>;
   using Mm = Gemm<T>;
   using Block = SplitBlock<T>;
-  static constexpr int64_t kRows = Block::kRows, kMaxRows = 4 * kRows;  // rows of a block and of the largest chunk
+  static constexpr int64_t kRows = Block::kRows, kMaxRows = 8 * kRows;  // rows of a block and of the largest chunk
   static constexpr int64_t kPackedBytes = 256 << 20;                    // packed K and V held at a time
 
   const AttentionShape& p;
@@ -76,14 +76,15 @@ template <class St> struct Forward {
     const int64_t S = io.length(b), n = keys.count(b), rows = r1 - r0;
     Range seen[kMaxRows];
     float m[kMaxRows], l[kMaxRows];
-    int64_t first = n, last = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      seen[r] = visible_keys(p, (r0 + r) % S + n - S, n);
+    int64_t first = n, last = 0, last_split[kMaxRows / kRows];  // of each block of rows; -1: none of its rows sees a key
+    for (int64_t& x : last_split) x = -1;
+    for (int64_t r = 0, i = r0 % S; r < rows; ++r, i = i + 1 == S ? 0 : i + 1) {
+      seen[r] = visible_keys(p, i + n - S, n);
       m[r] = -INFINITY, l[r] = 0.0f;
       if (seen[r].lo == seen[r].hi) continue;
       first = least(first, seen[r].lo), last = most(last, seen[r].hi);
+      last_split[r / kRows] = most(last_split[r / kRows], (seen[r].hi - 1) / kSplit);
     }
-    if (last > first) pack_queries(b, kv_head, r0, rows, x);
 
     // Units: for each split, for each block of kRows rows. While one is in its softmax, the one before multiplies its
     // values and the one after its scores.
@@ -98,13 +99,30 @@ template <class St> struct Forward {
       } while (!block.bounds(u, seen, count(u)));
       return true;
     };
-    const auto scores = [&](const Unit& u, int place) { block.scores(u, block.places[place], x.q, packed.k + u.split * k_split); };
+    int64_t packed_rows = 0;
+    const auto scores = [&](const Unit& u, int place) {
+      if (u.row + u.rows > packed_rows) {
+        pack_queries(b, kv_head, r0 + packed_rows, u.row + u.rows - packed_rows, x.rows, x.q + packed_rows * Mm::padded_k(D));
+        packed_rows = u.row + u.rows;
+        fetch_queries(b, kv_head, r0 + packed_rows, least(kRows, rows - packed_rows));
+      }
+      block.scores(u, block.places[place], x.q, packed.k + u.split * k_split);
+    };
     bool fresh = false;  // no row of the unit has a result yet: the split's is the result
     const auto values = [&](const Unit& u, int place) {
       fresh = true;
       for (int64_t r = u.row; r < u.row + u.rows; ++r) fresh &= m[r] == -INFINITY;
       block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
     };
+    const auto finish = [&](int64_t row, int64_t count) {
+      int64_t i = (r0 + row) % S, h = kv_head * G + (r0 + row) / S;
+      for (int64_t r = row; r < row + count; ++r, ++i) {
+        if (i == S) i = 0, ++h;
+        finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
+                   at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
+      }
+    };
+    Unit complete{};  // rows whose last split is merged: written out beside the next products
     const auto merge = [&](const Unit& u, int place) {
       const typename Block::Place& y = block.places[place];
       for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
@@ -112,6 +130,7 @@ template <class St> struct Forward {
         else if (y.ms[i] != -INFINITY)
           merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
       }
+      if (u.split == last_split[u.row / kRows]) complete = u;
     };
     Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
     int place = 0;
@@ -122,25 +141,37 @@ template <class St> struct Forward {
       going = next(after);
       if (any) values(before, place ^ 1);
       if (going) scores(after, place ^ 1);
+      finish(complete.row, complete.rows), complete.rows = 0;
       block.softmax(now, block.places[place], seen, count(now));
       block.products.finish();
       if (any) merge(before, place ^ 1);
       before = now, now = after;
     }
-    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = (r0 + r) % S, h = kv_head * G + (r0 + r) / S;
-      finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
-                 at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
+    if (any) {
+      values(before, place ^ 1);
+      finish(complete.row, complete.rows);
+      block.products.finish(), merge(before, place ^ 1);
+      finish(complete.row, complete.rows);
     }
+    for (int64_t i = 0; i * kRows < rows; ++i)
+      if (last_split[i] < 0) finish(i * kRows, least(kRows, rows - i * kRows));  // no key seen
   }
 
-  void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, const Local& x) const {
+  const St* query(int64_t b, int64_t kv_head, int64_t r) const {
+    return at<St>(io.q, io.q_stride, b, io.first(b) + r % io.length(b), kv_head * G + r / io.length(b));
+  }
+  // Into L2, while something else is worked on: rows lie far apart, where the hardware's prefetcher does not follow.
+  void fetch_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows) const {
+    const char* row = (const char*)query(b, kv_head, r0);
+    rows = least(rows, io.length(b) - r0 % io.length(b));  // those of one head
+    for (int64_t r = 0; r < rows; ++r, row += io.q_stride[1] * (int64_t)sizeof(St))
+      for (int64_t d = 0; d < D * (int64_t)sizeof(St); d += 64) __builtin_prefetch(row + d, 0, 2);
+  }
+  void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, St* copy, T* to) const {
     const int64_t S = io.length(b);
-    const auto query = [&](int64_t r) { return at<St>(io.q, io.q_stride, b, io.first(b) + r % S, kv_head * G + r / S); };
-    if (r0 % S + rows <= S) return Mm::pack_a(query(r0), io.q_stride[1], rows, D, x.q);
-    for (int64_t r = 0; r < rows; ++r) memcpy((void*)(x.rows + r * D), query(r0 + r), D * sizeof(St));
-    Mm::pack_a(x.rows, D, rows, D, x.q);
+    if (r0 % S + rows <= S) return Mm::pack_a(query(b, kv_head, r0), io.q_stride[1], rows, D, to);
+    for (int64_t r = 0; r < rows; ++r) memcpy((void*)(copy + r * D), query(b, kv_head, r0 + r), D * sizeof(St));
+    Mm::pack_a(copy, D, rows, D, to);
   }
 
   // Chunks of a pair's rows: they lie within a head where a head has enough rows, else they run across the group's heads.

@@ -77,6 +77,15 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// a * b - c with one rounding
+inline vf fms(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return fma(a, b, -c);
+#endif
+}
+
 // ---- scalar conversions
 
 inline float bits_to_float(uint32_t u) {
@@ -193,6 +202,13 @@ template <class S> inline void store_n(S* p, vf x, int n) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Two vectors one after the other. Subnormals become zero here.
+inline void store_pair(bf16* p, vf first, vf second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+
 // ---- reductions over the lanes: halves added, then halves of those, ...
 
 #if defined(__AVX2__)
@@ -257,6 +273,29 @@ inline vf exp(vf x) {
   const vi half = i >> 1;  // in two steps, so that 2^128 and subnormal results work
   return p * as_float((half + 127) << 23) * as_float((i - half + 127) << 23);
 #endif
+}
+
+// ln x: at most 1 ulp off in the normal range, -inf at 0, +inf for +inf, NaN below 0 and for NaN; subnormals count as 0.
+// x = 2^n (1 + r), |r| <= sqrt(2) - 1 about, polynomial in r by Cephes' coefficients.
+inline vf log(vf x) {
+  const vi bits = as_int(x) - 0x3f3504f3;  // sqrt(1/2)
+  const vf n = __builtin_convertvector(bits >> 23, vf);
+  const vf r = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, z = r * r;
+  vf p = splat(7.0376836292e-2f);
+  p = fma(p, r, splat(-1.1514610310e-1f));
+  p = fma(p, r, splat(1.1676998740e-1f));
+  p = fma(p, r, splat(-1.2420140846e-1f));
+  p = fma(p, r, splat(1.4249322787e-1f));
+  p = fma(p, r, splat(-1.6668057665e-1f));
+  p = fma(p, r, splat(2.0000714765e-1f));
+  p = fma(p, r, splat(-2.4999993993e-1f));
+  p = fma(p, r, splat(3.3333331174e-1f));
+  vf y = fma(n, splat(-2.12194440e-4f), p * r * z);
+  y = fma(z, splat(-0.5f), y);
+  y = fma(n, splat(0.693359375f), r + y);
+  y = x < 1.17549435e-38f ? splat(-INFINITY) : y;
+  y = x == INFINITY ? x : y;
+  return x >= 0.0f ? y : splat(NAN);
 }
 
 // tanh: below 0.625 an odd polynomial (Cephes' coefficients), above 1 - 2 / (e^2|x| + 1). At most 1.4 ulp off (measured).

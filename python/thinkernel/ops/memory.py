@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,9 +33,36 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+HUGE_FROM = 4 << 20  # bytes
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise  # type: ignore[no-any-return]
+
+
+def _ask_for_huge_pages(x: Tensor) -> None:
+    """For the whole 2 MiB pieces of x. Fresh memory costs a fault per page, 1.2 us: 2.4 ms for 8 MiB in 4 KiB pages, 0.9 in
+    huge ones, where attention over 2048 tokens takes 13 ms."""
+    madvise = _madvise()
+    if madvise is None:
+        return
+    page, start = 2 << 20, x.data_ptr()
+    first = -(-start // page) * page
+    length = (start + x.nbytes) // page * page - first
+    if length > 0:
+        madvise(first, length, 14)  # MADV_HUGEPAGE; where it is refused small pages do
+
+
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised result on like's device; NaN-filled inside `poisoned_results`."""
     x = torch.empty(shape, dtype=like.dtype if dtype is None else dtype, device=like.device)  # new_empty takes 1 µs more
+    if x.nbytes >= HUGE_FROM and x.device.type == "cpu":
+        _ask_for_huge_pages(x)
     if _poison and x.is_floating_point():
         x.fill_(float("nan"))
     return x
