@@ -61,7 +61,7 @@ def _triton(
     dlogprob, dentropy, dref = (x if need else None for x, need in zip(results, needs, strict=True))
     top = _top(entropy, mask, n)
     kernels.policy_loss(
-        rows_contiguous(logprob), _rows(old_logprob), _rows(advantages) if advantages.shape == logprob.shape else advantages,
+        rows_contiguous(logprob), _rows(old_logprob), rows_contiguous(advantages) if advantages.shape == logprob.shape else advantages,
         _bytes(rows_contiguous(mask)), options, loss, metrics, ref=_rows(ref_logprob), rollout=_rows(rollout_logprob),
         entropy=_rows(entropy), top=None if top is None else _bytes(top), entropy_coef=n.entropy_coef,
         total=_divisor(REDUCTION[loss_type], num_items_in_batch, n, sequences, logprob.device),
