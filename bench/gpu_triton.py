@@ -156,7 +156,8 @@ def logprob_contenders(N: int, D: int, V: int) -> tuple[Contenders, Contenders]:
     """-> forward, forward + backward."""
     hidden, weight = torch.randn(N, D, device="cuda", dtype=torch.bfloat16), torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / D**0.5
     target, g = torch.randint(0, V, (N,), device="cuda"), torch.randn(N, device="cuda")
-    lp, entropy, lse = torch.empty(3, N, device="cuda")
+    lp, entropy = torch.empty(2, N, device="cuda")
+    lse = torch.empty(N, device="cuda", dtype=torch.float64)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
     leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
 

@@ -118,15 +118,16 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, logprob_backward, tk::LogprobBackwardParams);
 
   using tk::PolicyLossParams, tk::GroupAdvantagesParams;
-  bind_params<PolicyLossParams>(m, "PolicyLossParams", TK_FIELDS(PolicyLossParams, form, level, reduction, kl, rollout,
-      kl_correction, off_policy, ratio_low, ratio_high, delta, log_ratio_clamp, beta, rollout_low, rollout_high,
-      off_policy_threshold, tau_positive, tau_negative, sequences, length, cu_seqlens, logprob, old_logprob, ref_logprob,
-      rollout_logprob, entropy, advantages, mask, logprob_stride, old_logprob_stride, ref_logprob_stride,
-      rollout_logprob_stride, entropy_stride, advantages_stride, mask_stride, advantage_per_token, mask_bytes, mask_is_float,
-      total, top_entropy, entropy_coef, loss, metrics, dlogprob, dref_logprob, dentropy, threads));
-  bind_params<GroupAdvantagesParams>(m, "GroupAdvantagesParams", TK_FIELDS(GroupAdvantagesParams, samples, rewards_each,
-      rewards, group_size, group_ids, weights, token_counts, normalize, normalize_then_sum, eps, correction, advantages,
-      zero_variance));
+#define TK_POLICY_LOSS form, level, reduction, kl, rollout, \
+      kl_correction, off_policy, ratio_low, ratio_high, delta, log_ratio_clamp, beta, rollout_low, rollout_high, \
+      off_policy_threshold, tau_positive, tau_negative, sequences, length, cu_seqlens, logprob, old_logprob, ref_logprob, \
+      rollout_logprob, entropy, advantages, mask, logprob_stride, old_logprob_stride, ref_logprob_stride, \
+      rollout_logprob_stride, entropy_stride, advantages_stride, mask_stride, advantage_per_token, mask_bytes, mask_is_float, \
+      total, top_entropy, entropy_coef, loss, metrics, dlogprob, dref_logprob, dentropy, threads
+#define TK_ADVANTAGES samples, rewards_each, rewards, group_size, group_ids, weights, token_counts, normalize, \
+      normalize_then_sum, eps, correction, advantages, zero_variance
+  bind_params<PolicyLossParams>(m, "PolicyLossParams", TK_FIELDS(PolicyLossParams, TK_POLICY_LOSS));
+  bind_params<GroupAdvantagesParams>(m, "GroupAdvantagesParams", TK_FIELDS(GroupAdvantagesParams, TK_ADVANTAGES));
   TK_BIND_KERNEL(m, policy_loss, PolicyLossParams);
   TK_BIND_KERNEL(m, group_advantages, GroupAdvantagesParams);
 
@@ -134,6 +135,16 @@ PYBIND11_MODULE(_C, m) {
   bind_params<tk::TopkParams>(m, "TopkParams", TK_FIELDS(tk::TopkParams, scores, lengths, values, indices, workspace,
       workspace_bytes, dtype, rows, length, row_stride, k, chunk));
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");
+  using tk::PolicyLossCudaParams, tk::GroupAdvantagesCudaParams;
+  bind_params<PolicyLossCudaParams>(m, "PolicyLossCudaParams", TK_FIELDS(PolicyLossCudaParams, TK_POLICY_LOSS, tokens, top,
+      divisor, workspace, workspace_bytes));
+  bind_params<GroupAdvantagesCudaParams>(m, "GroupAdvantagesCudaParams", TK_FIELDS(GroupAdvantagesCudaParams, TK_ADVANTAGES,
+      order, ends, scratch));
+  m.def("policy_loss_cuda_workspace_bytes", &tk::cuda::policy_loss_workspace_bytes, "The scratch that policy_loss_cuda wants.");
+  m.def("policy_loss_cuda", &tk::cuda::policy_loss, "Enqueues policy_loss on a raw CUDA stream.", py::call_guard<py::gil_scoped_release>());
+  m.def("group_advantages_cuda", &tk::cuda::group_advantages, "Enqueues group_advantages.", py::call_guard<py::gil_scoped_release>());
+  m.def("logprob_forward_cuda", &tk::cuda::logprob_forward, "Enqueues logprob.", py::call_guard<py::gil_scoped_release>());
+  m.def("logprob_backward_cuda", &tk::cuda::logprob_backward, "Enqueues logprob's gradient.", py::call_guard<py::gil_scoped_release>());
   m.def("topk_cuda", &tk::cuda::topk, "Enqueues top-k on a raw CUDA stream.", py::call_guard<py::gil_scoped_release>());
 #endif
   m.attr("cuda_left_out") = TK_CUDA_WHY;  // "" when the CUDA half is in

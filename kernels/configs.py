@@ -35,6 +35,14 @@ class Product(NamedTuple):
     group: int  # row blocks that share one sweep over the columns, so that both operands stay in L2
 
 
+class Rows(NamedTuple):
+    elements: int  # of a tile: rows × columns
+    columns: int  # at most; a shorter row leaves room for more rows
+    split: int  # columns of one program
+    warps: int
+    stages: int
+
+
 # Keys per split: decode works on splits in parallel, prefill walks them in order; both merge them the same way,
 # so the size is part of the result's bits and is not a tuning knob per architecture.
 KEY_SPLIT = 1024
@@ -173,6 +181,10 @@ LOGPROB = {
 VOCABULARY_SPLIT = 2048
 DLOGITS_BYTES = 128 * 1024 * 1024
 
+# logprob from given logits, on every architecture: bound by memory, so enough bytes in flight (16 a thread and load) and no more.
+# columns and split are part of the result's bits.
+LOGITS = {"half": Rows(2048, 2048, 16384, 8, 3), "float": Rows(2048, 2048, 16384, 8, 3)}
+
 # Whether the forward fetches keys and values through tensor descriptors (TMA on Hopper and later) where strides allow it. Off: it
 # compiles without spills, and its numbers are checked by the interpreter, but its speed has not been measured on a GPU.
 DESCRIPTORS = {"sm_80": False, "sm_90": False, "sm_100": False}
@@ -240,6 +252,21 @@ def product(device: torch.device, dtype: torch.dtype, rows: int, running: bool) 
 def logprob(device: torch.device, dtype: torch.dtype, pass_: str) -> Product:
     """The tile of linear_logprob's "forward" or "backward"."""
     return _INTERPRETER_PRODUCT if INTERPRET else LOGPROB[architecture(device), kind(dtype)][pass_]
+
+
+def logits(dtype: torch.dtype) -> Rows:
+    """The tile of logprob from given logits."""
+    return Rows(2048, 32, 64, 1, 1) if INTERPRET else LOGITS[kind(dtype)]
+
+
+def policy_block() -> int:
+    """Tokens of one program of policy_loss: part of the result's bits."""
+    return 16 if INTERPRET else 1024
+
+
+def reward_block() -> int:
+    """Samples of a group that group_advantages takes at a time."""
+    return 4 if INTERPRET else 64
 
 
 def key_split() -> int:

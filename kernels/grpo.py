@@ -19,23 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .grpo_tiles import gradient, in_two, logits_of, merge_splits, online
 from .linear import add_product, grouped, product
-from .primitives import is_wide, launch, tanh
+from .primitives import is_wide, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, COLUMNS: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Products h·w [BLOCK_M, COLUMNS] of vocabulary columns v0 … -> z, and tanh(y/c) (with a softcap only)."""
-    if BIAS:
-        column = v0 + tl.arange(0, COLUMNS)
-        acc += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
-    capped = acc
-    if SOFTCAP:
-        capped = tanh(acc / softcap)
-        acc = softcap * capped
-    return acc * inverse_temperature, capped
 
 
 @triton.jit(do_not_specialize=["N", "V", "n_splits"])
@@ -59,19 +47,10 @@ def _forward_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, live_ptr, peak_ptr, tota
             acc = add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), h_ptr + m0.to(tl.int64) * stride_hm,
                               w_ptr + tl.cast(v0, tl.int64) * stride_wv, live - m0, V - v0, D, stride_hm, 1, stride_wv, 1,
                               BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
-            z, _ = _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, BLOCK_N, BIAS, SOFTCAP)
+            z, _ = logits_of(acc, bias_ptr, v0, V, inverse_temperature, softcap, BLOCK_N, BIAS, SOFTCAP)
             column = v0 + tl.arange(0, BLOCK_N)
             chosen += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-            z = tl.where((column < V)[None, :], z, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(z, 1))
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            shifted = z - base[:, None]
-            weight = tl.exp(shifted)
-            decay = tl.exp(peak - base)
-            lift = tl.where(peak == float("-inf"), 0.0, peak - base)
-            moment = decay * (moment + lift * total) + tl.sum(tl.where(weight > 0, weight * shifted, weight), 1)
-            total = total * decay + tl.sum(weight, 1)
-            peak = new_peak
+            peak, total, moment = online(tl.where((column < V)[None, :], z, float("-inf")), peak, total, moment)
         at = tl.cast(split, tl.int64) * N + row
         tl.store(peak_ptr + at, peak, mask=row < live)
         tl.store(total_ptr + at, total, mask=row < live)
@@ -86,48 +65,13 @@ def _merge_kernel(peak_ptr, total_ptr, moment_ptr, chosen_ptr, order_ptr, live_p
     """Splits, in order -> logprob, entropy, lse [N] at each row's own place; rows past the live ones give 0, 0, 0."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < tl.load(live_ptr)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    moment = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(0, n_splits):
-        at = tl.cast(split, tl.int64) * N + row
-        next_peak = tl.load(peak_ptr + at, mask=live, other=0.0)
-        next_total = tl.load(total_ptr + at, mask=live, other=1.0)
-        next_moment = tl.load(moment_ptr + at, mask=live, other=0.0)
-        new_peak = tl.maximum(peak, next_peak)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        decay = tl.exp(peak - base)
-        next_decay = tl.exp(next_peak - base)
-        lift = tl.where(peak == float("-inf"), 0.0, peak - base)
-        next_lift = tl.where(next_peak == float("-inf"), 0.0, next_peak - base)
-        moment = decay * (moment + lift * total) + next_decay * (next_moment + next_lift * next_total)
-        total = total * decay + next_total * next_decay
-        peak = new_peak
-    log_total = tl.log(total)
-    lse = peak + log_total
+    peak, log_total, entropy = merge_splits(peak_ptr, total_ptr, moment_ptr, row, live, N, n_splits, BLOCK_M, tl.float32)
     chosen = tl.load(chosen_ptr + row, mask=live, other=0.0)
     to = tl.load(order_ptr + row, mask=row < N, other=0)
     tl.store(logprob_ptr + to, tl.where(live, (chosen - peak) - log_total, 0.0), mask=row < N)
-    tl.store(lse_ptr + to, tl.where(live, lse, 0.0), mask=row < N)
+    tl.store(lse_ptr + to, tl.where(live, peak + log_total, 0.0), mask=row < N)
     if ENTROPY:
-        tl.store(entropy_ptr + to, tl.where(live, log_total - moment / total, 0.0), mask=row < N)
-
-
-@triton.jit
-def _gradient(acc, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
-              COLUMNS: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
-    """Products h·w [BLOCK_M, COLUMNS] of columns v0 … -> dy; target, lse, entropy, g = dlogprob, g_entropy = dentropy [BLOCK_M]."""
-    z, capped = _logits(acc, bias_ptr, v0, V, inverse_temperature, softcap, COLUMNS, BIAS, SOFTCAP)
-    log_p = z - lse[:, None]
-    p = tl.exp(log_p)
-    slope = g[:, None]
-    if ENTROPY:  # p·log p is 0 where p is 0
-        slope = slope + g_entropy[:, None] * (tl.maximum(log_p, -1e30) + entropy[:, None])
-    column = v0 + tl.arange(0, COLUMNS)
-    dz = tl.where(column[None, :] == target[:, None], g[:, None], 0.0) - p * slope
-    if SOFTCAP:
-        dz *= 1.0 - capped * capped
-    return dz * inverse_temperature
+        tl.store(entropy_ptr + to, tl.where(live, entropy, 0.0), mask=row < N)
 
 
 @triton.jit(do_not_specialize=["N", "V", "first", "columns"])
@@ -147,7 +91,7 @@ def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse
                           BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True, True, WIDE)
         place = tl.load(order_ptr + row, mask=row < live, other=0)
         target = tl.load(target_ptr + row, mask=row < live, other=-1).to(tl.int32)
-        lse = tl.load(lse_ptr + place)
+        lse, lse_rest = in_two(tl.load(lse_ptr + place))
         g = tl.load(dlogprob_ptr + place)
         entropy = lse
         g_entropy = g
@@ -160,10 +104,10 @@ def _dlogits_kernel(h_ptr, w_ptr, bias_ptr, target_ptr, order_ptr, live_ptr, lse
         local = tl.arange(0, BLOCK_M)[:, None] * stride_dy + tl.arange(0, HALF)[None, :]
         inside = n_block * BLOCK_N + tl.arange(0, HALF)
         dy_at = dy_ptr + m0.to(tl.int64) * stride_dy + n_block * BLOCK_N
-        dy = _gradient(left, bias_ptr, v0, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
+        dy = gradient(left, bias_ptr, v0, V, target, lse, lse_rest, entropy, g, g_entropy, inverse_temperature, softcap,
                        HALF, BIAS, SOFTCAP, ENTROPY)
         tl.store(dy_at + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside < columns)[None, :])
-        dy = _gradient(right, bias_ptr, v0 + HALF, V, target, lse, entropy, g, g_entropy, inverse_temperature, softcap,
+        dy = gradient(right, bias_ptr, v0 + HALF, V, target, lse, lse_rest, entropy, g, g_entropy, inverse_temperature, softcap,
                        HALF, BIAS, SOFTCAP, ENTROPY)
         tl.store(dy_at + HALF + local, dy.to(dy_ptr.dtype.element_ty), mask=(row < live)[:, None] & (inside + HALF < columns)[None, :])
 
@@ -201,7 +145,7 @@ def _live_first(hidden: Tensor, target: Tensor, V: int, ignore_index: int) -> tu
 def linear_logprob_forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logprob: Tensor,
                            entropy: Tensor | None, lse: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
                            ignore_index: int = -100) -> None:
-    """hidden [N,D], weight [V,D], target [N], bias [V] or None -> logprob, entropy (may be None), lse [N] float32, given.
+    """hidden [N,D], weight [V,D], target [N], bias [V] or None -> logprob, entropy (may be None) [N] float32, lse [N] float64, given.
 
     Ignored rows get 0, 0, 0. Extra memory: 3 floats per row and vocabulary split, and the reordered hidden.
     """

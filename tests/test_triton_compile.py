@@ -16,7 +16,10 @@ pytestmark = pytest.mark.skipif(configs.INTERPRET, reason="the interpreter repla
 
 HALF, HALF16, FLOAT = torch.bfloat16, torch.float16, torch.float32
 HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]  # one for each width of the attention tables
-ROW_KERNELS = ("_rows_kernel", "_merge_kernel")  # no matrix product in these
+ROW_KERNELS = (  # no matrix product in these
+    "_rows_kernel", "_merge_kernel", "_logits_forward_kernel", "_logits_merge_kernel", "_logits_backward_kernel", "_sequence_kernel",
+    "_token_kernel", "_sequence_ratio_kernel", "_metrics_kernel", "_groups_kernel", "_batch_kernel",
+)  # fmt: skip
 
 
 def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> list[aot.Compiled]:
@@ -68,6 +71,32 @@ def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     }
 
 
+def row_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """logprob from given logits: a vocabulary of whole vectors, one of none, and one that leaves room for several rows."""
+    calls = {}
+    for V in (151936, 50257, 50):
+        calls[f"forward, V = {V}"] = aot.logits_forward_call(dtype, V)
+        calls[f"backward, V = {V}"] = aot.logits_backward_call(dtype, V)
+    calls["forward, softcap"] = aot.logits_forward_call(dtype, softcap=20.0)
+    calls["backward, softcap"] = aot.logits_backward_call(dtype, softcap=20.0)
+    return calls
+
+
+def batch_calls() -> dict[str, Callable[[], None]]:
+    """policy_loss, each form with other options than the one before; group_advantages."""
+    calls = {}
+    for form in range(5):
+        for level in range(1 if form == 3 else 3):
+            calls[f"policy_loss, form {form}, level {level}"] = aot.policy_call(
+                packed=(form + level) % 2 == 0, per_token=level == 1, everything=level == 2, form=form, level=level, kl=(form + level) % 4,
+                rollout=2 if form == 3 else (form + 2 * level) % 5, kl_correction=level == 1, off_policy=form % 2 == 0,
+                reduction=(form + level) % 3, ratio_low=0.8, ratio_high=1.2, log_ratio_clamp=20.0, beta=0.1)
+    for rule in range(6):
+        calls[f"advantages, rule {rule}"] = aot.advantages_call(n=1 + rule % 3, ids=rule % 2 == 1, normalize=rule)
+    calls["advantages, GDPO"] = aot.advantages_call(n=3, ids=True, normalize_then_sum=True)
+    return calls
+
+
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["half", "float"])
 def test_decode_walks_the_keys_in_the_blocks_of_prefill(kind: str, arch: str) -> None:
@@ -85,6 +114,17 @@ def test_attention_on_hopper(name: str) -> None:
 @pytest.mark.parametrize("name", ["logprob forward", "logprob backward", "linear"])
 def test_products_on_hopper(name: str) -> None:
     check("sm_90", HALF, product_calls(HALF)[name])
+
+
+def test_logprob_reads_and_writes_whole_vectors_on_hopper() -> None:
+    forward, _ = check("sm_90", HALF, aot.logits_forward_call(HALF))
+    (backward,) = check("sm_90", HALF, aot.logits_backward_call(HALF))
+    assert "ld.global.v4.b32" in forward.ptx and "ld.global.v4.b32" in backward.ptx and "st.global.v4.b32" in backward.ptx
+
+
+@pytest.mark.parametrize("name", ["policy_loss, form 0, level 1", "advantages, GDPO"])
+def test_losses_on_hopper(name: str) -> None:
+    check("sm_90", FLOAT, batch_calls()[name])
 
 
 @pytest.mark.parametrize("D,Dv", [(128, 128), *(pytest.param(*d, marks=pytest.mark.slow) for d in ((64, 64), (192, 128), (256, 256)))])
@@ -112,7 +152,18 @@ class TestEverything:
     def test_products(self, name: str, arch: str, dtype: torch.dtype) -> None:
         check(arch, dtype, product_calls(dtype)[name])
 
+    @pytest.mark.parametrize("name", list(row_calls(HALF)))
+    def test_logprob(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, row_calls(dtype)[name])
+
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))
     def test_attention(self, name: str, head_dims: tuple[int, int], arch: str, dtype: torch.dtype) -> None:
         check(arch, dtype, attention_calls(dtype, *head_dims)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("name", list(batch_calls()))
+def test_losses_and_advantages(name: str, arch: str) -> None:
+    check(arch, FLOAT, batch_calls()[name])

@@ -16,7 +16,17 @@ from unittest import mock
 
 import torch
 import triton
-from thinkernel.kernels import attention, attention_backward, attention_decode, configs, grpo, linear
+from thinkernel.kernels import (
+    attention,
+    attention_backward,
+    attention_decode,
+    configs,
+    grpo,
+    grpo_advantages,
+    grpo_logits,
+    grpo_policy,
+    linear,
+)  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -86,7 +96,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, linear):
+        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -123,17 +133,46 @@ def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = Fal
 
 
 def logprob_forward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
-    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.empty(3, 256)
-    target = torch.zeros(256, dtype=torch.int64)
-    return lambda: grpo.linear_logprob_forward(h, w, target, None, *rows, **options)
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.empty(2, 256)
+    target, lse = torch.zeros(256, dtype=torch.int64), torch.empty(256, dtype=torch.float64)
+    return lambda: grpo.linear_logprob_forward(h, w, target, None, *rows, lse, **options)
 
 
 def logprob_backward_call(dtype: torch.dtype, **options) -> Callable[[], None]:
-    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(4, 256)
-    target = torch.zeros(256, dtype=torch.int64)
+    h, w, rows = torch.empty(256, 1024, dtype=dtype), torch.empty(4096, 1024, dtype=dtype), torch.zeros(3, 256)
+    target, lse = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.float64)
     dh, dw = torch.empty_like(h), torch.empty_like(w)
     buffer = 256 * 2048 * h.element_size()  # half of the vocabulary, so that dhidden continues from chunk to chunk
-    return lambda: grpo.linear_logprob_backward(h, w, target, None, *rows, dh, dw, None, buffer_bytes=buffer, **options)
+    return lambda: grpo.linear_logprob_backward(h, w, target, None, lse, *rows, dh, dw, None, buffer_bytes=buffer, **options)
+
+
+def logits_forward_call(dtype: torch.dtype, V: int = 151936, **options) -> Callable[[], None]:
+    logits, target, rows = torch.empty(16, V, dtype=dtype), torch.zeros(16, dtype=torch.int64), torch.empty(2, 16)
+    return lambda: grpo_logits.logprob_forward(logits, target, *rows, torch.empty(16, dtype=torch.float64), **options)
+
+
+def logits_backward_call(dtype: torch.dtype, V: int = 151936, **options) -> Callable[[], None]:
+    logits, target, rows = torch.empty(16, V, dtype=dtype), torch.zeros(16, dtype=torch.int64), torch.zeros(3, 16)
+    lse, dlogits = torch.zeros(16, dtype=torch.float64), torch.empty(16, V, dtype=dtype)
+    return lambda: grpo_logits.logprob_backward(logits, target, lse, *rows, dlogits, **options)
+
+
+def policy_call(packed: bool = False, per_token: bool = False, everything: bool = False, **options) -> Callable[[], None]:
+    shape = (4096,) if packed else (8, 512)
+    logprob, old, ref, rollout, entropy, dlogprob, dref, dentropy = (torch.empty(shape) for _ in range(8))
+    mask, cu = torch.zeros(shape, dtype=torch.uint8), torch.arange(0, 4097, 512, dtype=torch.int32) if packed else None
+    more = dict(top=mask, total=torch.ones(1, dtype=torch.float64), dref=dref, dentropy=dentropy, entropy_coef=0.1) if everything else {}
+    chosen = grpo_policy.Options(**options)
+    return lambda: grpo_policy.policy_loss(
+        logprob, old, torch.empty(shape if per_token else 8), mask, chosen, torch.empty(()), torch.empty(13),
+        ref=ref if chosen.kl else None, rollout=rollout, entropy=entropy, cu_seqlens=cu, dlogprob=dlogprob, **more)
+
+
+def advantages_call(n: int = 1, ids: bool = False, **options) -> Callable[[], None]:
+    rewards, more = torch.empty(64, n), {"normalize": 0, "normalize_then_sum": False, "eps": 1e-6, "correction": 1} | options
+    return lambda: grpo_advantages.group_advantages(
+        rewards, 0 if ids else 8, torch.zeros(64, dtype=torch.int64) if ids else None, torch.ones(n) if n > 1 else None,
+        torch.ones(64) if ids else None, torch.empty(64), torch.empty(64, dtype=torch.uint8), **more)
 
 
 def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: bool = True) -> Callable[[], None]:

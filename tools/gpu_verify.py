@@ -41,6 +41,10 @@ class Kernel:
 KERNELS = {
     "topk": Kernel("csrc/cuda/topk.cu", "tests/gpu/test_topk_gpu.py"),
     "topk_backward": Kernel("csrc/cuda/topk.cu", "tests/gpu/test_topk_gpu.py"),
+    "logprob_forward": Kernel("csrc/cuda/logprob.cu", "tests/gpu/test_grpo_gpu.py"),
+    "logprob_backward": Kernel("csrc/cuda/logprob.cu", "tests/gpu/test_grpo_gpu.py"),
+    "policy_loss": Kernel("csrc/cuda/policy_loss.cu", "tests/gpu/test_grpo_gpu.py"),
+    "group_advantages": Kernel("csrc/cuda/advantages.cu", "tests/gpu/test_grpo_gpu.py"),
 }
 
 

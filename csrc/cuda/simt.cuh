@@ -1,9 +1,13 @@
 // What SIMT kernels are written in: CUDA C++ under nvcc, and under any C++20 compiler the same words from the host shim,
 // so that a kernel's logic runs, and is checked by the sanitizers, where there is no GPU. Full warp masks only.
 #pragma once
+#include <math.h>
+#include <string.h>
+
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 // One object of block-shared memory.
 #define TK_SHARED(Type, name) __shared__ Type name
@@ -40,5 +44,69 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   }
   return value;
 }
+
+// The value that the lane `delta` above handed in; the uppermost lanes get their own.
+template <class T>
+__device__ __forceinline__ T shuffle_down(const T& value, int delta) {
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (uint32_t& word : words) word = __shfl_down_sync(kFullWarp, word, delta);
+  T result;
+  memcpy(&result, words, sizeof(T));
+  return result;
+}
+
+// The block's values merged into one, the same for every thread, in an order that only the number of threads decides: lanes
+// in a tree, then warps in sequence. slots: one a warp, block-shared; not to be used again before the block has met at another barrier.
+template <int THREADS, class T, class Merge>
+__device__ __forceinline__ T block_merge(T (&slots)[THREADS / 32], T value, Merge merge) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) value = merge(value, shuffle_down(value, delta));
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = value;
+  block_barrier<1>();
+  T all = slots[0];
+  for (int warp = 1; warp < THREADS / 32; ++warp) all = merge(all, slots[warp]);
+  return all;
+}
+
+// 16-bit floats as their bits.
+__device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+__device__ __forceinline__ uint16_t float_to_bfloat16(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+#if defined(__CUDACC__)
+__device__ __forceinline__ float float16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t float_to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+#else
+inline float float16_to_float(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
+inline uint16_t float_to_float16(float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+#endif
+
+// Floating-point formats: how a kernel loads and stores an element.
+struct Float32 {
+  using Element = float;
+  static __device__ __forceinline__ float load(float x) { return x; }
+  static __device__ __forceinline__ float store(float x) { return x; }
+};
+struct Bfloat16 {
+  using Element = uint16_t;
+  static __device__ __forceinline__ float load(uint16_t x) { return bfloat16_to_float(x); }
+  static __device__ __forceinline__ uint16_t store(float x) { return float_to_bfloat16(x); }
+};
+struct Float16 {
+  using Element = uint16_t;
+  static __device__ __forceinline__ float load(uint16_t x) { return float16_to_float(x); }
+  static __device__ __forceinline__ uint16_t store(float x) { return float_to_float16(x); }
+};
 
 }  // namespace tk::simt

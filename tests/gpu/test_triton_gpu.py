@@ -196,7 +196,7 @@ def test_decode_equals_prefill(D: int, Dv: int, dtype: torch.dtype, options: dic
 
 
 def logprob(hidden: Tensor, weight: Tensor, target: Tensor, g_lp: Tensor, g_ent: Tensor) -> list[Tensor]:
-    rows = [poisoned(len(hidden)) for _ in range(3)]
+    rows = [poisoned(len(hidden), dtype=t) for t in (torch.float32, torch.float32, torch.float64)]
     grpo.linear_logprob_forward(hidden, weight, target, None, *rows)
     dhidden, dweight = torch.full_like(hidden, NAN), torch.full_like(weight, NAN)
     grpo.linear_logprob_backward(hidden, weight, target, None, rows[2], rows[1], g_lp, g_ent, dhidden, dweight, None)

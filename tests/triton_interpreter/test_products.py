@@ -26,7 +26,7 @@ def make(N: int, D: int, V: int, bias: bool, dtype: torch.dtype) -> tuple[Tensor
 
 
 def forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, **options) -> list[Tensor]:
-    rows = [torch.full((len(hidden),), NAN) for _ in range(3)]
+    rows = [torch.full((len(hidden),), NAN, dtype=t) for t in (torch.float32, torch.float32, torch.float64)]
     triton_grpo.linear_logprob_forward(hidden, weight, target, bias, *rows, **options)
     return rows
 

@@ -5,6 +5,7 @@ split holds 64 keys, so the cases added here are those with S > 64 or T > 64 and
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16]
-SMALL = [c for c in CASES if c.small and (c.family in ("attention", "linear") or "linear-logprob" in c.name)]
+SMALL = [c for c in CASES if c.small and c.family in ("attention", "linear", "grpo")]
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, *, key_start: Tensor | None = None, sinks: Tensor | None = None, causal: bool = True,
@@ -70,8 +71,16 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", [*SMALL, *LARGER], ids=str)
+def runs() -> Iterator[Any]:
+    """Each case in each dtype; losses and advantages are float32 whatever the inputs, and all their options take a minute."""
+    for case in [*SMALL, *LARGER]:
+        loss = case.name.startswith(("grpo/policy-loss", "grpo/advantages"))
+        for dtype in DTYPES[:1] if loss else DTYPES:
+            marks = [pytest.mark.slow] if loss and case.name.count("-") > 2 else []
+            yield pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "dtype"), runs())
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
     results = list(evaluate(case, "triton", dtype, draws=3))  # more take the interpreter minutes
     messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]

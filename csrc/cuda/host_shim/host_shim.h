@@ -130,6 +130,11 @@ inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned delta) {
   return __shfl_sync(mask, value, lane >= delta ? lane - delta : lane);
 }
 
+inline uint32_t __shfl_down_sync(unsigned mask, uint32_t value, unsigned delta) {
+  const unsigned lane = threadIdx.x % 32;
+  return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane);
+}
+
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return tk_shim::exchange(mask, predicate ? 1 : 0, [](const uint64_t* slots) {
     unsigned bits = 0;

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from thinkernel.ops import checks
+from thinkernel.ops import logprob_gpu as logprob_gpu  # registers logprob's Triton and CUDA kernels
+from thinkernel.ops import policy_loss_gpu as policy_loss_gpu  # and those of policy_loss and group_advantages
 from thinkernel.ops.dispatch import C
 from thinkernel.ops.library import Op, gradients
 from thinkernel.ops.logprob import HEAD, check_target, row_buffers, wide
@@ -179,12 +181,11 @@ def _triton_forward(
 
     hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
     lp, ent, lse = row_buffers((hidden.shape[0],), hidden, entropy)
-    lse = lse.float()  # the kernel's precision
     kernels.linear_logprob_forward(
         hidden, weight, target, bias, lp, ent if entropy else None, lse, temperature=temperature,
         softcap=softcap or None, ignore_index=ignore_index,
     )
-    return lp, ent, lse.double(), _kept(hidden, keep).zero_()
+    return lp, ent, lse, _kept(hidden, keep).zero_()
 
 
 @linear_logprob_backward.kernel("triton", lambda dlp, dent, hidden, *rest: _kernel_covers(hidden))
@@ -199,8 +200,9 @@ def _triton_backward(
     dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
     dh, dw, db = _gradient_buffers(hidden, weight, need_hidden, need_weight, need_bias)
     kernels.linear_logprob_backward(
-        hidden, weight, target, bias, lse.float(), ent, dlogprob.float().contiguous(), dentropy, dh if need_hidden else None,
-        dw if need_weight else None, db if need_bias else None, temperature=temperature, softcap=softcap or None,
+        hidden, weight, target, bias, lse.contiguous(), ent.contiguous(), dlogprob.float().contiguous(), dentropy,
+        dh if need_hidden else None, dw if need_weight else None, db if need_bias else None, temperature=temperature,
+        softcap=softcap or None,
         ignore_index=ignore_index,
     )
     return dh, dw, db

@@ -86,7 +86,7 @@ def _covers(logits: Tensor, *rest: Any) -> str | None:
     return None if logits.dtype in DTYPE_CODES else f"logits: takes float32, bfloat16 and float16, not {logits.dtype}"
 
 
-def _fields(
+def fields(
     logits: Tensor, target: Tensor, temperature: float, softcap: float, ignore_index: int, entropy: bool
 ) -> dict[str, Any]:
     """logits [B, S, V] or [N, V], contiguous in V; its other strides are taken as they are."""
@@ -103,7 +103,7 @@ def _cpu_forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
     logits, target, entropy = rows_contiguous(logits), target.long().contiguous(), options[-1]
     lp, ent, lse = row_buffers(tuple(target.shape), logits, entropy)
     C.logprob_forward(C.LogprobForwardParams(
-        **_fields(logits, target, *options), logprob=lp.data_ptr(), entropy=ent.data_ptr() if entropy else 0, lse=lse.data_ptr(),
+        **fields(logits, target, *options), logprob=lp.data_ptr(), entropy=ent.data_ptr() if entropy else 0, lse=lse.data_ptr(),
     ))
     return lp, ent, lse
 
@@ -117,7 +117,7 @@ def _cpu_backward(
     dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
     dlogits = empty(tuple(logits.shape), logits)
     C.logprob_backward(C.LogprobBackwardParams(
-        **_fields(logits, target, *options), dlogprob=dlogprob.data_ptr(), dentropy=pointer(dentropy), lse=lse.data_ptr(),
+        **fields(logits, target, *options), dlogprob=dlogprob.data_ptr(), dentropy=pointer(dentropy), lse=lse.data_ptr(),
         entropy=ent.data_ptr(), dlogits=dlogits.data_ptr(),
     ))
     return dlogits

@@ -151,6 +151,21 @@ def _or(x: float, default: float) -> float:
     return default if math.isnan(x) else x
 
 
+def kernel_options(
+    loss_type: str, kl: str | None, rollout_correction: str | None, sequence_level: bool, kl_correction: bool, n: Numbers
+) -> dict[str, Any]:
+    """The fields of policy::Options (csrc/include/policy_math.h), which every kernel takes. kl: None without ref_logprob."""
+    return dict(
+        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level or loss_type in ("gspo", "luspo")),
+        reduction=_REDUCTION[REDUCTION[loss_type]], kl=0 if kl is None else _KL[kl], rollout=_ROLLOUT[rollout_correction],
+        kl_correction=int(kl_correction), off_policy=int(not math.isnan(n.off_policy_threshold)), ratio_low=1 - n.epsilon,
+        ratio_high=n.epsilon_high if loss_type == "cispo" else 1 + n.epsilon_high, delta=_or(n.delta, math.inf),
+        log_ratio_clamp=_or(n.log_ratio_clamp, math.inf), beta=n.beta, rollout_low=_or(n.rollout_low, -math.inf),
+        rollout_high=_or(n.rollout_high, math.inf), off_policy_threshold=n.off_policy_threshold, tau_positive=n.tau_positive,
+        tau_negative=n.tau_negative,
+    )  # fmt: skip
+
+
 @policy_loss_op.kernel("cpu", covers)
 def _cpu(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
@@ -174,13 +189,8 @@ def _cpu(
     results = [empty(shape, logprob) if need else torch.empty(0) for need in needs]
     dlogprob, dentropy, dref = (x.data_ptr() if need else 0 for x, need in zip(results, needs, strict=True))
     C.policy_loss(C.PolicyLossParams(
-        form=_FORM[loss_type], level=2 if loss_type == "rloo" else int(sequence_level or loss_type in ("gspo", "luspo")),
-        reduction=_REDUCTION[REDUCTION[loss_type]], kl=_KL[kl] if ref_at else 0, rollout=_ROLLOUT[rollout_correction],
-        kl_correction=int(kl_correction), off_policy=int(not math.isnan(n.off_policy_threshold)), ratio_low=1 - n.epsilon,
-        ratio_high=n.epsilon_high if loss_type == "cispo" else 1 + n.epsilon_high, delta=_or(n.delta, math.inf),
-        log_ratio_clamp=_or(n.log_ratio_clamp, math.inf), beta=n.beta, rollout_low=_or(n.rollout_low, -math.inf),
-        rollout_high=_or(n.rollout_high, math.inf), off_policy_threshold=n.off_policy_threshold, tau_positive=n.tau_positive,
-        tau_negative=n.tau_negative, sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=logprob_at,
+        **kernel_options(loss_type, kl if ref_at else None, rollout_correction, sequence_level, kl_correction, n),
+        sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=logprob_at,
         old_logprob=old_at, ref_logprob=ref_at, rollout_logprob=rollout_at, entropy=entropy_at,
         advantages=advantages.data_ptr(), mask=mask_at, logprob_stride=logprob_stride, old_logprob_stride=old_stride,
         ref_logprob_stride=ref_stride, rollout_logprob_stride=rollout_stride, entropy_stride=entropy_stride,
@@ -358,7 +368,7 @@ def _constant(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 # ---- group_advantages ------------------------------------------------------------------------------------------
 
-_NORMALIZE = ("group", "none", "batch", "rloo", "maxrl", "whiten")  # csrc/cpu/advantages.cpp
+NORMALIZE = ("group", "none", "batch", "rloo", "maxrl", "whiten")  # csrc/cpu/advantages.cpp
 
 advantages_op = Op(
     "group_advantages",
@@ -387,9 +397,11 @@ def _reference_advantages(
     )
 
 
-@advantages_op.kernel(
-    "cpu", lambda rewards, *rest: None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
-)
+def covers_rewards(rewards: Tensor, *rest: Any) -> str | None:
+    return None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
+
+
+@advantages_op.kernel("cpu", covers_rewards)
 def _cpu_advantages(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None,
     normalize: str, aggregation: str, eps: float, correction: int,
@@ -402,7 +414,7 @@ def _cpu_advantages(
     C.group_advantages(C.GroupAdvantagesParams(
         samples=rewards.shape[0], rewards_each=rewards.shape[1], rewards=rewards.data_ptr(), group_size=group_size,
         group_ids=pointer(group_ids), weights=pointer(weights), token_counts=pointer(token_counts),
-        normalize=_NORMALIZE.index(normalize), normalize_then_sum=int(aggregation == "normalize_then_sum"), eps=eps,
+        normalize=NORMALIZE.index(normalize), normalize_then_sum=int(aggregation == "normalize_then_sum"), eps=eps,
         correction=correction, advantages=advantages.data_ptr(), zero_variance=zero.data_ptr(),
     ))
     return advantages, zero
@@ -444,7 +456,7 @@ def group_advantages(
     if group_ids is not None:
         checks.tensor("group_ids", group_ids, 1, "[R]", checks.INTEGERS)
         checks.shape("group_ids", group_ids, (R,), "[R]")
-    checks.one_of("normalize", normalize, _NORMALIZE)
+    checks.one_of("normalize", normalize, NORMALIZE)
     checks.one_of("aggregation", aggregation, ("sum_then_normalize", "normalize_then_sum"))
     checks.one_of("whiten_over", whiten_over, ("samples", "tokens"))
     if (whiten_over == "tokens") != (token_counts is not None):

@@ -173,7 +173,7 @@ def policy_loss(
         loss = loss * kept
         metrics["off_policy_kept"] = _mean(kept, active)
     if top_entropy is not None and entropy is not None:
-        top = _top_entropy_mask(entropy.detach(), on, top_entropy).to(compute)
+        top = top_entropy_mask(entropy.detach(), on, top_entropy).to(compute)
         loss = loss * top
         bonus_mask = active * top
     if is_ratio is not None:
@@ -310,7 +310,7 @@ def _vespo_weight(log_ratio: Tensor, a: Tensor, is_ratio: Tensor | None, on: Ten
     return (lam + k * log_w - lam * log_w.exp()).exp()
 
 
-def _top_entropy_mask(entropy: Tensor, on: Tensor, fraction: float) -> Tensor:
+def top_entropy_mask(entropy: Tensor, on: Tensor, fraction: float) -> Tensor:
     """The active tokens at or above the (1 − fraction) quantile of their entropies (linear between neighbours).
 
     By sorting and not torch.quantile, which refuses more than 2^24 entries; the masked ones sort behind the others.
