@@ -289,9 +289,8 @@ class PolicyLoss {
     const vf dentropy = splat((float)(-p_.entropy_coef / (bonus_ > 0 ? (double)bonus_ : 1.0)));
     const bool top = p_.top_entropy > 0, masks_rollout = o.rollout != policy::Rollout::none;
     const float threshold = threshold_;
-    const bool clips = o.form == policy::Form::clipped;
-    const vf low = splat(clips ? o.ratio_low : -INFINITY);
-    const vf high = splat(clips || o.form == policy::Form::cispo ? o.ratio_high : INFINITY);
+    const policy::ClipBounds clip = policy::clip_bounds(o);
+    const vf low = splat(clip.low), high = splat(clip.high);
     float* const dlogprob = p_.dlogprob ? p_.dlogprob + b.place : nullptr;
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;

@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(kPolicyThreads) policy_tokens(const PolicyArgs
   const float bonus = static_cast<float>(-p.entropy_coef / static_cast<double>(batch.bonus < 1 ? 1 : batch.bonus));
 
   // ---- tokens
+  const policy::ClipBounds clip = policy::clip_bounds(p);
   SlotSums sums{};
   sums.ratio_min = INFINITY;
   sums.ratio_max = -INFINITY;
@@ -197,8 +198,8 @@ __global__ void __launch_bounds__(kPolicyThreads) policy_tokens(const PolicyArgs
       sums.kept += x.kept;
       sums.tokens += 1;
       sums.bonus += top;
-      sums.clip_low += x.clipped_low;
-      sums.clip_high += x.clipped_high;
+      sums.clip_low += x.ratio < clip.low && t.advantage < 0;
+      sums.clip_high += x.ratio > clip.high && t.advantage > 0;
       sums.ratio_min = x.ratio < sums.ratio_min ? x.ratio : sums.ratio_min;
       sums.ratio_max = x.ratio > sums.ratio_max ? x.ratio : sums.ratio_max;
       if (p.entropy != nullptr) {

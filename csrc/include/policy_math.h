@@ -14,7 +14,7 @@
 //   1  over tokens:      sequence_terms()  summed per sequence          only where needs_sequence_sums(options)
 //   2  per sequence:     finish_sequence() -> SequenceFactors           always (it holds 1 / tokens too)
 //   3  over tokens:      token_loss() -> TokenLoss; loss += weight · result.loss, and the metrics.
-//        (clip fractions: ratio < ratio_low and A < 0; ratio > ratio_high and A > 0; clipped forms, and cispo the latter)
+//        (clip fractions: clip_bounds())
 //        ratio per token:     dlogprob = weight · token_gradient(...)
 //        ratio per sequence:  dlogprob = weight · result.direct, and G = Σ_tokens weight · result.slope of the sequence
 //   4  over tokens, ratio per sequence: dlogprob += sequence_gradient(logprob, old, G · factors.slope, options)
@@ -66,6 +66,15 @@ TK_POLICY bool rollout_per_sequence(const Options& o) {
 }
 TK_POLICY bool needs_sequence_sums(const Options& o) {
   return o.level != Level::token || o.form == Form::vespo || rollout_per_sequence(o) || o.off_policy;
+}
+
+// Outside which a ratio counts as clipped (low where A < 0, high where A > 0), for the metrics.
+struct ClipBounds {
+  float low, high;
+};
+TK_POLICY ClipBounds clip_bounds(const Options& o) {
+  const bool clips = o.form == Form::clipped;
+  return {clips ? o.ratio_low : -INFINITY, clips || o.form == Form::cispo ? o.ratio_high : INFINITY};
 }
 
 // One value per token. old is the token's own logprob where none is given; rollout is old where none is given or NaN.
