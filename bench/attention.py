@@ -272,18 +272,18 @@ def main() -> None:
     if args.peak_of:
         with tk.use_backend("cpu"):
             return print_peak(args.work[0], args.lengths[0], getattr(torch, args.dtypes[0]), args.peak_of)
+    record: dict[str, object] = dict(
+        machine=cpu_name(), isa=C.isa(), threads=args.threads, torch=torch.__version__, commit=commit(),
+        date=datetime.date.today().isoformat(), repeats=args.repeats,
+    )
     rows = []
+    args.out.parent.mkdir(exist_ok=True)
     for work in args.work:
         for size in LENGTHS[work] if work == "decode" or not args.lengths else args.lengths:
             for name in args.dtypes:
                 with tk.use_backend("cpu"):
                     rows.append(measure(work, size, name, args.repeats))
-    record = dict(
-        machine=cpu_name(), isa=C.isa(), threads=args.threads, torch=torch.__version__, commit=commit(),
-        date=datetime.date.today().isoformat(), repeats=args.repeats, rows=rows,
-    )
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+                args.out.write_text(json.dumps(record | dict(rows=rows), indent=1) + "\n")  # at once: a run may be cut off
     print(f"written to {args.out}", file=sys.stderr)
 
 
