@@ -5,33 +5,18 @@ Shapes: N rows, I in, O out, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import thinkernel as tk
 import torch
 import torch.nn.functional as F
+from cpu_levels import level  # noqa: F401
 from thinkernel.ops.dispatch import C
-from thinkernel.ops.memory import poisoned_results
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not hasattr(C, "linear_forward"), reason="the C++ core is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = C.isa_levels() if hasattr(C, "isa_levels") else []
-
-
-@pytest.fixture(autouse=True, params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs on every level this CPU has, on the C++ kernels, with results poisoned by NaN."""
-    former, threads = C.isa(), torch.get_num_threads()
-    C.set_isa(request.param)
-    torch.set_num_threads(2)
-    with tk.use_backend("cpu"), poisoned_results():
-        yield request.param
-    C.set_isa(former)
-    torch.set_num_threads(threads)
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------
