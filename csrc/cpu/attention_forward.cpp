@@ -122,7 +122,6 @@ template <class St> struct Forward {
                    at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
       }
     };
-    Unit complete{};  // rows whose last split is merged: written out beside the next products
     const auto merge = [&](const Unit& u, int place) {
       const typename Block::Place& y = block.places[place];
       for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
@@ -130,7 +129,7 @@ template <class St> struct Forward {
         else if (y.ms[i] != -INFINITY)
           merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
       }
-      if (u.split == last_split[u.row / kRows]) complete = u;
+      if (u.split == last_split[u.row / kRows]) finish(u.row, u.rows);
     };
     Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
     int place = 0;
@@ -141,18 +140,12 @@ template <class St> struct Forward {
       going = next(after);
       if (any) values(before, place ^ 1);
       if (going) scores(after, place ^ 1);
-      finish(complete.row, complete.rows), complete.rows = 0;
       block.softmax(now, block.places[place], seen, count(now));
       block.products.finish();
       if (any) merge(before, place ^ 1);
       before = now, now = after;
     }
-    if (any) {
-      values(before, place ^ 1);
-      finish(complete.row, complete.rows);
-      block.products.finish(), merge(before, place ^ 1);
-      finish(complete.row, complete.rows);
-    }
+    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
     for (int64_t i = 0; i * kRows < rows; ++i)
       if (last_split[i] < 0) finish(i * kRows, least(kRows, rows - i * kRows));  // no key seen
   }

@@ -82,8 +82,21 @@ def _reference_backward(
     return gradients(_reference, (logits, target, *options), (0,), (dlogprob, dentropy))[0]
 
 
-def _covers(logits: Tensor, *rest: Any) -> str | None:
+def covers(logits: Tensor, *rest: Any) -> str | None:
+    """What the C++, Triton and CUDA kernels leave to the reference."""
     return None if logits.dtype in DTYPE_CODES else f"logits: takes float32, bfloat16 and float16, not {logits.dtype}"
+
+
+def backward_covers(dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> str | None:
+    return covers(logits)
+
+
+def backward_inputs(
+    dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """dlogprob, dentropy (None where it is not wanted), logits, target, lse, ent as the kernels take them."""
+    wanted = None if dentropy is None or not entropy else dentropy.float().contiguous()
+    return dlogprob.float().contiguous(), wanted, rows_contiguous(logits), target.contiguous(), lse.contiguous(), ent.contiguous()
 
 
 def fields(
@@ -98,7 +111,7 @@ def fields(
     )
 
 
-@logprob_forward.kernel("cpu", _covers)
+@logprob_forward.kernel("cpu", covers)
 def _cpu_forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     logits, target, entropy = rows_contiguous(logits), target.long().contiguous(), options[-1]
     lp, ent, lse = row_buffers(tuple(target.shape), logits, entropy)
@@ -108,13 +121,11 @@ def _cpu_forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
     return lp, ent, lse
 
 
-@logprob_backward.kernel("cpu", lambda dlp, dent, logits, *rest: _covers(logits))
+@logprob_backward.kernel("cpu", backward_covers)
 def _cpu_backward(
     dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, *options: Any
 ) -> Tensor:
-    logits, target, entropy = rows_contiguous(logits), target.long().contiguous(), options[-1]
-    dlogprob, lse, ent = dlogprob.float().contiguous(), lse.contiguous(), ent.contiguous()
-    dentropy = None if dentropy is None or not entropy else dentropy.float().contiguous()
+    dlogprob, dentropy, logits, target, lse, ent = backward_inputs(dlogprob, dentropy, logits, target.long(), lse, ent, options[-1])
     dlogits = empty(tuple(logits.shape), logits)
     C.logprob_backward(C.LogprobBackwardParams(
         **fields(logits, target, *options), dlogprob=dlogprob.data_ptr(), dentropy=pointer(dentropy), lse=lse.data_ptr(),

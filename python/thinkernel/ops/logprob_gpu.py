@@ -11,24 +11,16 @@ import torch
 from torch import Tensor
 
 from thinkernel.ops.dispatch import C
-from thinkernel.ops.logprob import fields, logprob_backward, logprob_forward, row_buffers
-from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
-
-
-def covers(logits: Tensor, *rest: Any) -> str | None:
-    return None if logits.dtype in DTYPE_CODES else f"logits: takes float32, bfloat16 and float16, not {logits.dtype}"
-
-
-def _backward_covers(dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> str | None:
-    return covers(logits)
-
-
-def _backward_inputs(
-    dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """dlogprob, dentropy (None where it is not wanted), logits, target, lse, ent as the kernels take them."""
-    wanted = None if dentropy is None or not entropy else dentropy.float().contiguous()
-    return dlogprob.float().contiguous(), wanted, rows_contiguous(logits), target.contiguous(), lse.contiguous(), ent.contiguous()
+from thinkernel.ops.logprob import (
+    backward_covers,
+    backward_inputs,
+    covers,
+    fields,
+    logprob_backward,
+    logprob_forward,
+    row_buffers,
+)
+from thinkernel.ops.memory import empty, pointer, rows_contiguous
 
 
 @logprob_forward.kernel("triton", covers)
@@ -45,14 +37,14 @@ def triton_forward(
     return lp, ent, lse
 
 
-@logprob_backward.kernel("triton", _backward_covers)
+@logprob_backward.kernel("triton", backward_covers)
 def triton_backward(
     dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, temperature: float,
     softcap: float, ignore_index: int, entropy: bool,
 ) -> Tensor:
     from thinkernel.kernels import grpo_logits as kernels
 
-    dlogprob, dentropy, logits, target, lse, ent = _backward_inputs(dlogprob, dentropy, logits, target, lse, ent, entropy)
+    dlogprob, dentropy, logits, target, lse, ent = backward_inputs(dlogprob, dentropy, logits, target, lse, ent, entropy)
     dlogits = empty(tuple(logits.shape), logits)
     kernels.logprob_backward(
         logits, target, lse, ent, dlogprob, dentropy, dlogits, temperature=temperature, softcap=softcap or None,
@@ -74,11 +66,11 @@ def cuda_forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
     return lp, ent, lse
 
 
-@logprob_backward.kernel("cuda", _backward_covers)
+@logprob_backward.kernel("cuda", backward_covers)
 def cuda_backward(
     dlogprob: Tensor, dentropy: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, ent: Tensor, *options: Any
 ) -> Tensor:
-    dlogprob, dentropy, logits, target, lse, ent = _backward_inputs(dlogprob, dentropy, logits, target.long(), lse, ent, options[-1])
+    dlogprob, dentropy, logits, target, lse, ent = backward_inputs(dlogprob, dentropy, logits, target.long(), lse, ent, options[-1])
     dlogits = empty(tuple(logits.shape), logits)
     if target.numel():
         with torch.cuda.device(logits.device):

@@ -401,6 +401,15 @@ def covers_rewards(rewards: Tensor, *rest: Any) -> str | None:
     return None if rewards.dtype == torch.float32 else f"rewards: takes float32, not {rewards.dtype}"
 
 
+def advantage_buffers(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """The op's results: advantages [R], zero_variance [R]."""
+    return empty((rewards.shape[0],), rewards), empty((rewards.shape[0],), rewards, torch.bool)
+
+
+def floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
 @advantages_op.kernel("cpu", covers_rewards)
 def _cpu_advantages(
     rewards: Tensor, group_size: int, group_ids: Tensor | None, weights: Tensor | None, token_counts: Tensor | None,
@@ -408,9 +417,8 @@ def _cpu_advantages(
 ) -> tuple[Tensor, Tensor]:
     rewards = rewards.contiguous()
     group_ids = None if group_ids is None else group_ids.long().contiguous()
-    weights = None if weights is None else weights.float().contiguous()
-    token_counts = None if token_counts is None else token_counts.float().contiguous()
-    advantages, zero = empty((rewards.shape[0],), rewards), empty((rewards.shape[0],), rewards, torch.bool)
+    weights, token_counts = floats(weights), floats(token_counts)
+    advantages, zero = advantage_buffers(rewards)
     C.group_advantages(C.GroupAdvantagesParams(
         samples=rewards.shape[0], rewards_each=rewards.shape[1], rewards=rewards.data_ptr(), group_size=group_size,
         group_ids=pointer(group_ids), weights=pointer(weights), token_counts=pointer(token_counts),

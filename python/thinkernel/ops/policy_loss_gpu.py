@@ -16,9 +16,11 @@ from thinkernel.ops.policy_loss import (
     METRICS,
     NORMALIZE,
     Numbers,
+    advantage_buffers,
     advantages_op,
     covers,
     covers_rewards,
+    floats,
     kernel_options,
     normaliser,
     policy_loss_op,
@@ -127,22 +129,12 @@ def _triton_advantages(
 ) -> tuple[Tensor, Tensor]:
     from thinkernel.kernels import grpo_advantages as kernels
 
-    advantages, zero = _advantage_buffers(rewards)
+    advantages, zero = advantage_buffers(rewards)
     kernels.group_advantages(
-        rewards.contiguous(), group_size, group_ids, _floats(weights), _floats(token_counts), advantages, zero.view(torch.uint8),
+        rewards.contiguous(), group_size, group_ids, floats(weights), floats(token_counts), advantages, zero.view(torch.uint8),
         normalize=NORMALIZE.index(normalize), normalize_then_sum=aggregation == "normalize_then_sum", eps=eps, correction=correction,
     )
     return advantages, zero
-
-
-def _advantage_buffers(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    return empty((rewards.shape[0],), rewards), empty((rewards.shape[0],), rewards, torch.bool)
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
-
-
 
 
 @advantages_op.kernel("cuda", covers_rewards)
@@ -151,10 +143,10 @@ def _cuda_advantages(
     normalize: str, aggregation: str, eps: float, correction: int,
 ) -> tuple[Tensor, Tensor]:
     """csrc/cuda/advantages_kernel.cuh."""
-    advantages, zero = _advantage_buffers(rewards)
+    advantages, zero = advantage_buffers(rewards)
     if rewards.shape[0] == 0:
         return advantages, zero
-    rewards, weights, token_counts = rewards.contiguous(), _floats(weights), _floats(token_counts)
+    rewards, weights, token_counts = rewards.contiguous(), floats(weights), floats(token_counts)
     order = ends = None
     if group_ids is not None:
         ids, order = torch.sort(group_ids, stable=True)
