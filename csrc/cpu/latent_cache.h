@@ -77,13 +77,13 @@ inline void read_latent(const fp8* row, int64_t, bf16* to) { read_quantised(row,
 
 // ---- writing
 
-// The byte of e4m3 in each lane, rounded to nearest even; above 464 and NaN: NaN.
+// The byte of e4m3 in each lane, rounded to nearest even; what is larger than 448 becomes 448, NaN stays NaN.
 inline vi to_e4m3(vf x) {
-  const vi bits = as_int(x), a = bits & 0x7fffffff;
+  const vi bits = as_int(x), a = as_int(min(abs(x), splat(448.0f)));
   const vi tiny = as_int(as_float(a) + 0x1p14f) - (141 << 23);  // adding 2^14 rounds at 2^-9
   const vi normal = (a - (120 << 23) + 0x7ffff + ((a >> 20) & 1)) >> 20;
   vi value = a < (121 << 23) ? tiny : normal;
-  value = a >= (1087 << 20) ? splat((int32_t)0x7f) : value;  // 480
+  value = x != x ? splat((int32_t)0x7f) : value;
   return value | ((bits >> 24) & 0x80);
 }
 // 2^ceil(log2(max(amax / 448, 1e-4)))
@@ -100,11 +100,10 @@ template <class S> inline void write_latent(const S* latent, const S* rope, int6
     vf top = zero();
     for (int64_t d = 0; d < kGroup; d += W) {
       const vf a = abs(load(x + d));
-      top = a <= top ? top : a;  // a NaN comes in
-      top = top != top ? splat(NAN) : top;
+      top = (a > top) | (a != a) ? a : top;  // a NaN comes in and stays
     }
     float amax = top[0];
-    for (int i = 1; i < W; ++i) amax = top[i] <= amax ? amax : amax != amax ? amax : top[i];
+    for (int i = 1; i < W; ++i) amax = top[i] > amax || top[i] != top[i] ? top[i] : amax;
     const float scale = e4m3_scale(amax), inverse = 1.0f / scale;
     memcpy((void*)(row + kScalesAt + 4 * g), &scale, 4);
     for (int64_t d = 0; d < kGroup; d += W) {
