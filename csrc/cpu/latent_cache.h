@@ -55,15 +55,16 @@ template <class Kv> class Ahead {
       : tokens_(&tokens), b_(b), first_(first), n_(n), bytes_(values * (int64_t)sizeof(Kv)), left_((n + kStreams - 1) / kStreams) {
     if (left_) place();
   }
-  // Beats in all: a beat is a line of each stream.
-  int64_t beats() const { return left_ * ((bytes_ + 63) / 64); }
+  // So that everything is fetched in `calls` calls of beat(), each of which takes some lines of every stream.
+  void spread(int64_t calls) { rate_ = (left_ * ((bytes_ + 63) / 64) + calls - 1) / calls; }
   __attribute__((always_inline)) void beat() {
-    if (left_ == 0) return;
+    for (int64_t i = 0; i < rate_ && left_; ++i) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kStreams; ++u) __builtin_prefetch(at_[u] + done_, 0, 2);
-    if (__builtin_expect((done_ += 64) >= bytes_, 0)) {
-      done_ = 0;
-      if (--left_) place();
+      for (int u = 0; u < kStreams; ++u) __builtin_prefetch(at_[u] + done_, 0, 2);
+      if (__builtin_expect((done_ += 64) >= bytes_, 0)) {
+        done_ = 0;
+        if (--left_) place();
+      }
     }
   }
 
@@ -74,7 +75,7 @@ template <class Kv> class Ahead {
       at_[u] = (const char*)tokens_->row(b_, first_ + least(n_ - 1, (u + 1) * part - left_));
   }
   const Tokens<Kv>* tokens_ = nullptr;
-  int64_t b_ = 0, first_ = 0, n_ = 0, bytes_ = 0, left_ = 0, done_ = 0;
+  int64_t b_ = 0, first_ = 0, n_ = 0, bytes_ = 0, left_ = 0, done_ = 0, rate_ = 1;
   const char* at_[kStreams] = {};
 };
 

@@ -90,6 +90,10 @@ template <> struct LatentBlock<float> {
   static int64_t ld_o(int64_t Dv) { return round_up(Dv, W) + W; }
   // Scratch in floats: the probabilities of a panel, and what values() and probabilities() need beside them.
   static constexpr int64_t kProbs = 2 * kHalf, kWork = 0;
+  // How often a whole block calls next.beat().
+  static int64_t beats(int64_t panels, int64_t D, int64_t) {
+    return panels * (D / kScoreBlock + 1) * kKeys / 4;
+  }
   static void unfold(float*, int64_t) {}
 
   // Probabilities of a panel's first `rows` rows over `count` lines; q packed. first: o holds nothing yet.
@@ -235,6 +239,9 @@ template <> struct LatentBlock<bf16> {
   static bool takes(int64_t D) { return D % 32 == 0; }  // else a tile row would reach past the latent
   static int64_t ld_o(int64_t Dv) { return round_up(Dv, 32) + 16; }  // no power of two: the rows of a tile fall in different sets
   static constexpr int64_t kProbs = kHalfProbs, kWork = 2 * kHalf;   // work: scores of a panel, or 32 columns of values
+  static int64_t beats(int64_t panels, int64_t D, int64_t Dv) {
+    return kKeys / kLine * (panels * (D + Dv) / 32 + Dv / 32 * 4);
+  }
 
   static void unfold(float* o, int64_t Dv) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

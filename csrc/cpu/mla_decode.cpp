@@ -123,6 +123,7 @@ template <class S, class Kv> struct Mla {
       Ahead<Kv> next;
       if (following.b >= 0 && following.key < tokens.count(following.b))
         next = Ahead<Kv>(tokens, following.b, following.key, least(Block::kKeys, tokens.count(following.b) - following.key), token_size());
+      next.spread(Block::beats(panels(x.count), D, Dv));
       stage(x.b, index * kLatentSplit + k, n, copy, lines, next);
       bool sees[kRows / kPanel];
       for (int64_t r = 0; r < x.count; r += kPanel) {
