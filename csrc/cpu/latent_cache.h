@@ -45,14 +45,15 @@ template <class Kv> struct Tokens {
   }
 };
 
-// What is fetched into L2 while other tokens are worked on: n tokens of a sequence from one on, in kStreams places at once. The
-// memory delivers four streams a core faster than one, if the hardware's prefetcher sees them rise evenly.
+// Tokens of a sequence on their way into L2, in order, while others are worked on: kStreams places of kLine tokens at once, since
+// the memory delivers several streams a core faster than one.
 template <class Kv> class Ahead {
  public:
-  static constexpr int64_t kStreams = 4;
+  static constexpr int64_t kStreams = 4, kRows = 8;  // rows of a stream before the next kStreams * kRows tokens
   Ahead() = default;
   Ahead(const Tokens<Kv>& tokens, int64_t b, int64_t first, int64_t n, int64_t values)
-      : tokens_(&tokens), b_(b), first_(first), n_(n), bytes_(values * (int64_t)sizeof(Kv)), left_((n + kStreams - 1) / kStreams) {
+      : tokens_(&tokens), b_(b), first_(first), n_(n), bytes_(values * (int64_t)sizeof(Kv)) {
+    left_ = (n + kStreams * kRows - 1) / (kStreams * kRows) * kRows;
     if (left_) place();
   }
   // So that everything is fetched in `calls` calls of beat(), each of which takes some lines of every stream.
@@ -62,7 +63,7 @@ template <class Kv> class Ahead {
 #pragma GCC unroll 4
       for (int u = 0; u < kStreams; ++u) __builtin_prefetch(at_[u] + done_, 0, 2);
       if (__builtin_expect((done_ += 64) >= bytes_, 0)) {
-        done_ = 0;
+        done_ = 0, ++row_;
         if (--left_) place();
       }
     }
@@ -70,12 +71,11 @@ template <class Kv> class Ahead {
 
  private:
   void place() {
-    const int64_t part = (n_ + kStreams - 1) / kStreams;
-    for (int u = 0; u < kStreams; ++u)
-      at_[u] = (const char*)tokens_->row(b_, first_ + least(n_ - 1, (u + 1) * part - left_));
+    const int64_t from = row_ / kRows * (kStreams * kRows) + row_ % kRows;
+    for (int u = 0; u < kStreams; ++u) at_[u] = (const char*)tokens_->row(b_, first_ + least(n_ - 1, from + u * kRows));
   }
   const Tokens<Kv>* tokens_ = nullptr;
-  int64_t b_ = 0, first_ = 0, n_ = 0, bytes_ = 0, left_ = 0, done_ = 0, rate_ = 1;
+  int64_t b_ = 0, first_ = 0, n_ = 0, bytes_ = 0, left_ = 0, row_ = 0, done_ = 0, rate_ = 1;
   const char* at_[kStreams] = {};
 };
 

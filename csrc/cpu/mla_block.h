@@ -90,9 +90,9 @@ template <> struct LatentBlock<float> {
   static int64_t ld_o(int64_t Dv) { return round_up(Dv, W) + W; }
   // Scratch in floats: the probabilities of a panel, and what values() and probabilities() need beside them.
   static constexpr int64_t kProbs = 2 * kHalf, kWork = 0;
-  // How often a whole block calls next.beat().
-  static int64_t beats(int64_t panels, int64_t D, int64_t) {
-    return panels * (D / kScoreBlock + 1) * kKeys / 4;
+  // How often next.beat() is called over a block of keys, for the scores (D values) and the values (Dv) of some panels of rows.
+  static int64_t beats(int64_t panels, int64_t D, int64_t Dv) {
+    return panels * kKeys / 4 * ((D + kScoreBlock - 1) / kScoreBlock) + panels * kKeys / kLine * (Dv / W);
   }
   static void unfold(float*, int64_t) {}
 

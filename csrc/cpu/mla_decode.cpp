@@ -102,6 +102,13 @@ template <class S, class Kv> struct Mla {
     int64_t b = -1, key = 0;
   };
 
+  // The first block from there on, of n keys at most.
+  Ahead<Kv> fetch(const Place& from, int64_t n) const {
+    if (from.b < 0) return {};
+    n = least(least(n, Block::kKeys), tokens.count(from.b) - from.key);
+    return n > 0 ? Ahead<Kv>(tokens, from.b, from.key, n, token_size()) : Ahead<Kv>();
+  }
+
   // Split `index` of the rows' keys.
   void split(const Rows& x, int64_t index, float* scratch, const State& result, const Place& then) const {
     T* copy = (T*)scratch;
@@ -115,15 +122,12 @@ template <class S, class Kv> struct Mla {
       limits[r] = (int32_t)seen, end = most(end, seen);
       result.m[r] = -INFINITY, result.l[r] = 0.0f;
     }
+    Ahead<Kv> next = fetch({x.b, index * kLatentSplit}, end);
     for (int64_t k = 0; k < end; k += Block::kKeys) {
       const int64_t n = least(Block::kKeys, end - k);
       Line<T> lines[Block::kKeys / kLine];
       const int64_t count = (n + kLine - 1) / kLine;
-      const Place following = k + n < end ? Place{x.b, index * kLatentSplit + k + n} : then;
-      Ahead<Kv> next;
-      if (following.b >= 0 && following.key < tokens.count(following.b))
-        next = Ahead<Kv>(tokens, following.b, following.key, least(Block::kKeys, tokens.count(following.b) - following.key), token_size());
-      next.spread(Block::beats(panels(x.count), D, Dv));
+      next.spread(Block::beats(1, D, 0));  // what is left of this block, before the first panel's scores need it
       stage(x.b, index * kLatentSplit + k, n, copy, lines, next);
       bool sees[kRows / kPanel];
       for (int64_t r = 0; r < x.count; r += kPanel) {
@@ -135,6 +139,8 @@ template <class S, class Kv> struct Mla {
           Block::probabilities(f, lines, count, least(kPanel, x.count - r), D, x.q + r * kp, here, result.m + r, result.l + r,
                                result.o + r * ldo, ldo, k == 0, probs + r / kPanel * Block::kProbs, work, next);
       }
+      next = k + n < end ? fetch({x.b, index * kLatentSplit + k + n}, end - k - n) : fetch(then, Block::kKeys);
+      next.spread(Block::beats(1, D, 0) + Block::beats(panels(x.count), 0, Dv));
       Block::values(lines, count, x.count, sees, Dv, probs, result.o, ldo, k == 0, work, next);
     }
   }
