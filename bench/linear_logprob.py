@@ -12,24 +12,18 @@ must return, logprob and the gradients of hidden and weight. Results go to bench
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import thinkernel as tk
 import torch
 import torch.nn.functional as F
-from thinkernel.ops.dispatch import C
+from record import high_water_rise_mib, milliseconds, write
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-RESULTS = Path(__file__).parent / "results"
 GEMM = {torch.float32: 0.37e12, torch.bfloat16: 2.4e12}  # torch's 2048³ matmul on 2 quiet cores of the reference machine
 Runs = dict[str, Callable[[], object]]
 
@@ -91,12 +85,6 @@ def contestants(args: argparse.Namespace, dtype: torch.dtype, backward: bool) ->
     return {name: (both if backward else forward)(form) for name, form in forms.items()}
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, object]]:
     square = [torch.randn(2048, 2048).to(dtype) for _ in range(2)]
     gauges: Runs = {"torch gemm": lambda: square[0] @ square[1].T, "packed gemm": lambda: tk.linear(*square)}
@@ -127,11 +115,6 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, obje
     return rows
 
 
-def high_water_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(key))
-
-
 def peak_mib(args: argparse.Namespace, dtype: torch.dtype, backward: bool, form: str) -> float:
     """Rise of the high-water mark during the first call, in a process of its own, less what every form returns."""
     N, D, V = args.shape
@@ -139,10 +122,6 @@ def peak_mib(args: argparse.Namespace, dtype: torch.dtype, backward: bool, form:
                "--peak", form, *["--compiled"] * args.compiled, *["--backward"] * backward]
     rise = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return rise - (4 * N + backward * (N * D + V * D) * dtype.itemsize) / 2**20
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -165,23 +144,13 @@ def main() -> None:
         run = contestants(args, getattr(torch, args.dtypes[0]), args.backward)[args.peak]
         small = argparse.Namespace(**(vars(args) | {"shape": (8, 32, 64)}))
         contestants(small, getattr(torch, args.dtypes[0]), args.backward)[args.peak]()  # what loads on first use
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs
-        before = high_water_kib("VmRSS")
-        run()
-        print((high_water_kib("VmHWM") - before) / 1024)
+        print(high_water_rise_mib(run))
         return
     rows: list[dict[str, object]] = []
     for args.shape in shapes:
         for dtype in args.dtypes:
             rows += measure(args, getattr(torch, dtype))
-    RESULTS.mkdir(exist_ok=True)
-    record = {
-        "machine": platform.processor() or platform.machine(), "isa": C.isa(), "threads": args.threads, "commit": commit(),
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "repeats": args.repeats, "results": rows,
-    }
-    path = RESULTS / args.out
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
+    write(args.out, args, rows)
 
 
 if __name__ == "__main__":
