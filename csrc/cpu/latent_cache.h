@@ -57,7 +57,7 @@ template <class Kv> class Ahead {
     if (left_) place();
   }
   // So that everything is fetched in `calls` calls of beat(), each of which takes some lines of every stream.
-  void spread(int64_t calls) { rate_ = (left_ * ((bytes_ + 63) / 64) + calls - 1) / calls; }
+  void spread(int64_t calls) { rate_ = left_ * ((bytes_ + 63) / 64) / (calls + 1) + 1; }
   __attribute__((always_inline)) void beat() {
     for (int64_t i = 0; i < rate_ && left_; ++i) {
 #pragma GCC unroll 4
