@@ -60,6 +60,25 @@ def store_tile(pointer, tile, stride, rows_left, ROWS: tl.constexpr, FIRST: tl.c
 
 
 @triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """x as DTYPE, to nearest even; the interpreter's own conversion to bfloat16 cuts the low bits off."""
+    if _INTERPRET and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def again(x):
+    """The int32 x, of which the compiler does not know that it is x: what is derived from it is computed here, and not kept in registers
+    across the loop before."""
+    if not _INTERPRET:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
 def tanh(x):
     """tanh to about 2 ulp: its series below 1/4, where 1 − 2/(1 + e^2x) cancels."""
     square = x * x

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks
+from thinkernel.ops import checks, mla_gpu
 from thinkernel.ops.library import Op, reference_op
 from thinkernel.reference import mla as reference
 
@@ -60,12 +60,16 @@ gather_latent_op = reference_op(
 
 
 def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
-    """Plain indexed copies on every device until the family's own cache kernels."""
+    """Plain indexed copies."""
     reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
 
 
-for _backend in ("reference", "cpu", "triton"):
+for _backend in ("reference", "cpu"):
     append_latent_op.kernel(_backend)(_append)
+
+mla_decode_op.kernel("triton", mla_gpu.covers_decode)(mla_gpu.decode)
+append_latent_op.kernel("triton", mla_gpu.covers_append)(mla_gpu.append)
+gather_latent_op.kernel("triton", mla_gpu.covers_gather)(mla_gpu.gather)
 
 
 @mla_decode_op.check
