@@ -95,6 +95,17 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, attention_backward, AttentionBackwardParams);
   TK_BIND_KERNEL(m, attention_decode, AttentionDecodeParams);
 
+#define TK_LATENT_CACHE dtype, quantised, batch, seqlens, block_table, page_size, max_pages, kv_stride, threads, kv
+  using tk::MlaDecodeParams, tk::LatentAppendParams, tk::LatentGatherParams;
+  bind_params<MlaDecodeParams>(m, "MlaDecodeParams", TK_FIELDS(MlaDecodeParams, TK_LATENT_CACHE, q, out, lse, q_len, heads,
+      head_dim, value_dim, scale, prefix, prefix_table, prefix_length, prefix_page_size, prefix_stride));
+  bind_params<LatentAppendParams>(m, "LatentAppendParams", TK_FIELDS(LatentAppendParams, TK_LATENT_CACHE, latent, rope, source,
+      q_len, latent_dim, rope_dim, latent_stride, rope_stride));
+  bind_params<LatentGatherParams>(m, "LatentGatherParams", TK_FIELDS(LatentGatherParams, TK_LATENT_CACHE, out, length, head_dim));
+  TK_BIND_KERNEL(m, mla_decode, MlaDecodeParams);
+  TK_BIND_KERNEL(m, append_latent, LatentAppendParams);
+  TK_BIND_KERNEL(m, gather_latent, LatentGatherParams);
+
   using tk::LinearForwardParams, tk::LinearBackwardParams, tk::LinearLogprobForwardParams, tk::LinearLogprobBackwardParams;
   bind_params<LinearForwardParams>(m, "LinearForwardParams", TK_FIELDS(LinearForwardParams, dtype, n, in, out, x, x_stride,
       weight, weight_stride, bias, y, y_stride, threads));

@@ -4,6 +4,7 @@
 #include "attention_kernels.h"
 #include "grpo_kernels.h"
 #include "linear_kernels.h"
+#include "mla_kernels.h"
 
 namespace tk {
 namespace TK_ISA {
@@ -17,6 +18,9 @@ const Kernels& table() {
       .attention_forward = attention_forward,
       .attention_backward = attention_backward,
       .attention_decode = attention_decode,
+      .mla_decode = mla_decode,
+      .append_latent = append_latent,
+      .gather_latent = gather_latent,
       .linear_forward = linear_forward,
       .linear_backward = linear_backward,
       .linear_logprob_forward = linear_logprob_forward,

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "grpo.h"
 #include "linear.h"
+#include "mla.h"
 #include "policy_loss.h"
 
 namespace tk {
@@ -13,6 +14,9 @@ struct Kernels {
   void (*attention_forward)(const AttentionForwardParams&) = nullptr;
   void (*attention_backward)(const AttentionBackwardParams&) = nullptr;
   void (*attention_decode)(const AttentionDecodeParams&) = nullptr;
+  void (*mla_decode)(const MlaDecodeParams&) = nullptr;
+  void (*append_latent)(const LatentAppendParams&) = nullptr;
+  void (*gather_latent)(const LatentGatherParams&) = nullptr;
   void (*linear_forward)(const LinearForwardParams&) = nullptr;
   void (*linear_backward)(const LinearBackwardParams&) = nullptr;
   void (*linear_logprob_forward)(const LinearLogprobForwardParams&) = nullptr;

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks, mla_gpu
+from thinkernel.ops import checks, mla_cpu, mla_gpu
 from thinkernel.ops.library import Op, reference_op
 from thinkernel.reference import mla as reference
 
@@ -64,17 +64,25 @@ def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, blo
     reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
 
 
-for _backend in ("reference", "cpu"):
-    append_latent_op.kernel(_backend)(_append)
+append_latent_op.kernel("reference")(_append)
 
-mla_decode_op.kernel("triton", mla_gpu.covers_decode)(mla_gpu.decode)
-append_latent_op.kernel("triton", mla_gpu.covers_append)(mla_gpu.append)
-gather_latent_op.kernel("triton", mla_gpu.covers_gather)(mla_gpu.gather)
+mla_decode_op.kernel("cpu", mla_cpu.decode_covers)(mla_cpu.decode)
+append_latent_op.kernel("cpu", mla_cpu.append_covers)(mla_cpu.append)
+gather_latent_op.kernel("cpu", mla_cpu.gather_covers)(mla_cpu.gather)
+mla_decode_op.kernel("triton", mla_gpu.decode_covers)(mla_gpu.decode)
+append_latent_op.kernel("triton", mla_gpu.append_covers)(mla_gpu.append)
+gather_latent_op.kernel("triton", mla_gpu.gather_covers)(mla_gpu.gather)
 
 
 @mla_decode_op.check
-def _check_decode(q: Tensor, kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, *options: Any) -> None:
+def _check_decode(
+    q: Tensor, kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, prefix_kv: Tensor | None,
+    prefix_table: Tensor | None, prefix_length: int, *options: Any,
+) -> None:
     checks.lengths_and_pages(seqlens, block_table, kv_cache, "kv_cache")
+    if prefix_kv is not None and prefix_table is not None and prefix_length > 0:
+        used = prefix_table[: -(-prefix_length // prefix_kv.shape[1])]
+        checks.within("prefix block_table", used, 0, prefix_kv.shape[0] - 1, f"prefix kv has {prefix_kv.shape[0]} pages")
 
 
 @append_latent_op.check
@@ -134,22 +142,36 @@ def mla_decode(
     if kv_cache.dtype != torch.uint8:
         checks.same_dtype("kv_cache", kv_cache, "q", q)
     checks.same_device("q", q, kv_cache=kv_cache)
+    checks.number("scale", scale)
     checks.integer("value_dim", value_dim, 1)
     if value_dim > width:
         raise ValueError(f"value_dim: got {value_dim}, takes at most D = {width}")
-    kv, length, table = None, 0, None
-    if prefix is not None:
-        if not isinstance(prefix, (tuple, list)) or len(prefix) not in (2, 3):
-            raise TypeError("prefix: takes (kv, length) or (kv pages, length, block_table)")
-        kv, length, table = (*prefix, None)[:3]
-        checks.tensor("prefix kv", kv, 2 if table is None else 3, "[Tp, D] or pages [P, page, D]", _CACHE)
-        checks.size("prefix kv", kv, -1, kv_cache.shape[-1], "D of kv_cache")
-        checks.integer("prefix length", length, 0)
-        room = kv.shape[0] if table is None else len(table) * kv.shape[1]
-        if length > room:
-            raise ValueError(f"prefix length: got {length}, takes at most the {room} positions given")
+    kv, length, table = _check_prefix(prefix, kv_cache)
     out, lse = mla_decode_op(q, kv_cache, seqlens, block_table, kv, table, length, value_dim, float(scale))
     return (out, lse) if return_lse else out
+
+
+def _check_prefix(prefix: Any, kv_cache: Tensor) -> tuple[Tensor | None, int, Tensor | None]:
+    if prefix is None:
+        return None, 0, None
+    if not isinstance(prefix, (tuple, list)) or len(prefix) not in (2, 3):
+        outline = f"{len(prefix)} values" if isinstance(prefix, (tuple, list)) else type(prefix).__name__
+        raise TypeError(f"prefix: got {outline}, takes (kv, length) or (kv pages, length, block_table)")
+    kv, length, table = (*prefix, None)[:3]
+    checks.tensor("prefix kv", kv, 2 if table is None else 3, "[Tp, D] or pages [P, page, D]", _CACHE)
+    checks.size("prefix kv", kv, -1, kv_cache.shape[-1], "D of kv_cache")
+    checks.same_dtype("prefix kv", kv, "kv_cache", kv_cache)
+    checks.integer("prefix length", length, 0)
+    room = kv.shape[0]
+    if table is not None:
+        checks.tensor("prefix block_table", table, 1, "[max_pages]", checks.INTEGERS)
+        if kv.shape[1] == 0:
+            raise ValueError("prefix kv: got pages of 0 positions, takes at least 1")
+        room = table.shape[0] * kv.shape[1]
+    if length > room:
+        raise ValueError(f"prefix length: got {length}, takes at most the {room} positions given")
+    checks.same_device("kv_cache", kv_cache, **{"prefix kv": kv, "prefix block_table": table})
+    return kv, length, table
 
 
 def append_latent(
@@ -167,6 +189,8 @@ def append_latent(
     width = 576 if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
     if latent.shape[-1] + rope.shape[-1] != width:
         raise ValueError(f"rope: got {rope.shape[-1]} values beside {latent.shape[-1]}, takes {width} together (kv_cache)")
+    checks.writable("kv_cache", kv_cache)
+    checks.same_device("kv_cache", kv_cache, latent=latent, rope=rope)
     append_latent_op(kv_cache, latent, rope, seqlens, block_table)
 
 

@@ -15,7 +15,7 @@ def _int32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.int().contiguous()
 
 
-def covers_decode(
+def decode_covers(
     q: Tensor, kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None, prefix_kv: Tensor | None,
     prefix_table: Tensor | None, prefix_length: int, value_dim: int, scale: float,
 ) -> str | None:
@@ -39,7 +39,7 @@ def decode(
     return out, lse
 
 
-def covers_append(
+def append_covers(
     kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None
 ) -> str | None:
     from thinkernel.kernels import mla as kernels
@@ -56,7 +56,7 @@ def append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, bloc
     )
 
 
-def covers_gather(kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None) -> str | None:
+def gather_covers(kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | None) -> str | None:
     from thinkernel.kernels import mla as kernels
 
     return kernels.covers_cache(kv_cache)

@@ -1,0 +1,250 @@
+// Absorbed MLA decode: a few new queries, or a chunk of a prompt, over a latent cache, contiguous or paged.
+//
+// Keys are cut into splits of kLatentSplit from the sequence's first; a split's result (m, l, o) is computed block by block
+// (mla_block.h) and splits are merged in order. An item of work is one split for all rows of a sequence, up to kRows: each
+// latent comes from memory once, as key and as value of all heads. With items enough for all threads one item takes all
+// splits of its rows, merging as it goes. The bits are the same: split boundaries and the order of merging never move.
+//
+// Shared prefix: its whole splits are the first splits of every sequence, computed once for the rows of all sequences.
+//
+// B batch, Sq new queries, H heads, D values of a latent, Dv of them its value, R = Sq H rows of a sequence, query by query.
+#include "latent_cache.h"
+#include "mla_block.h"
+#include "mla_kernels.h"
+
+namespace tk::TK_ISA {
+namespace {
+
+constexpr int64_t kLatentSplit = 1024;         // keys
+constexpr int64_t kRows = 256;                 // rows of an item
+constexpr int64_t kMostPartials = 64 << 20;    // floats of splits' results kept before they are merged
+
+// What n rows have so far, of one split or of several.
+struct State {
+  float *m, *l, *o;  // [n], [n], [n, ldo]
+};
+
+AttentionShape shape_of(const MlaDecodeParams& p) {
+  AttentionShape s;
+  s.scale = p.scale;
+  return s;
+}
+
+// S: queries and results, Kv: the cache
+template <class S, class Kv> struct Mla {
+  using T = Compute<S>;
+  using Mm = Gemm<T>;
+  using Block = LatentBlock<T>;
+  static constexpr int64_t kPanel = Block::kPanel;
+
+  const MlaDecodeParams& p;
+  const Tokens<Kv> tokens;
+  const Transform f{shape_of(p)};
+  const int64_t Sq, H, D, Dv, R, ldo, kp;
+  const int64_t shared;  // whole splits of the prefix
+
+  explicit Mla(const MlaDecodeParams& p)
+      : p(p), tokens{p, (const Kv*)p.kv, (const Kv*)p.prefix, &p, p.prefix ? p.prefix_length : 0}, Sq(p.q_len), H(p.heads),
+        D(p.head_dim), Dv(p.value_dim), R(Sq * H), ldo(Block::ld_o(Dv)), kp(Mm::padded_k(D)),
+        shared(p.batch > 1 ? tokens.prefix_length / kLatentSplit : 0) {}
+
+  // Keys that a row of the whole batch sees.
+  int64_t limit(int64_t row) const { return most(0, tokens.count(row / R) - Sq + row % R / H + 1); }
+  // Splits of a sequence after the shared ones.
+  int64_t splits(int64_t b) const { return most(0, (tokens.count(b) + kLatentSplit - 1) / kLatentSplit - shared); }
+
+  static int64_t state_floats(int64_t rows, int64_t ldo) { return round_up(rows, kPanel) * (2 + ldo); }
+  static State state(float* base, int64_t rows) {
+    const int64_t n = round_up(rows, kPanel);
+    return {base, base + n, base + 2 * n};
+  }
+  static State after(const State& x, int64_t row, int64_t ldo) { return {x.m + row, x.l + row, x.o + row * ldo}; }
+
+  // Scratch of one thread, in floats.
+  int64_t copy_floats() const { return kLatentBlock * round_up(Block::width(D), 16); }
+  int64_t scratch_floats() const {
+    return round_up(copy_floats() + Block::values_floats(Dv) + Block::floats(Dv) + kRows + 2 * state_floats(kRows, ldo), 1024);
+  }
+
+  // `count` rows from `first` of the batch on, all of sequence b, or (shared keys) of any; q: their panels.
+  struct Rows {
+    int64_t first, count, b;
+    const T* q;
+  };
+
+  // Lines of keys [j, j + n) of sequence b, where they lie or copied.
+  void stage(int64_t b, int64_t j, int64_t n, T* copy, Line<T>* lines, float* values) const {
+    const int64_t width = Block::width(D), end = tokens.count(b);
+    for (int64_t i = 0; i * kLine < n; ++i, copy += kLine * width) {
+      const int64_t at = j + i * kLine;
+      bool lies = false;
+      if constexpr (same_type<Kv, T>) {
+        lies = Block::takes(D) && at + kLine <= end && tokens.run(at, end) >= kLine;
+        if (lies) lines[i] = {tokens.row(b, at), tokens.step(at)};
+      }
+      if (!lies) {
+        lines[i] = {copy, width};
+        for (int64_t k = 0; k < kLine; ++k) {
+          T* to = copy + k * width;
+          const bool in = at + k < end;
+          if (in) read_latent(tokens.row(b, at + k), D, to);
+          memset((void*)(to + (in ? D : 0)), 0, (width - (in ? D : 0)) * sizeof(T));
+        }
+      }
+      Block::pack_values(lines[i], i, Dv, values);
+    }
+  }
+
+  // Split `index` of the rows' keys.
+  void split(const Rows& x, int64_t index, float* scratch, const State& result) const {
+    T* copy = (T*)scratch;
+    float* values = scratch + copy_floats();
+    float* work = values + Block::values_floats(Dv);
+    int32_t* limits = (int32_t*)(work + Block::floats(Dv));
+    const int64_t padded = round_up(x.count, kPanel);
+    int64_t end = 0;
+    for (int64_t r = 0; r < padded; ++r) {
+      const int64_t seen = r < x.count ? most(0, least(kLatentSplit, limit(x.first + r) - index * kLatentSplit)) : 0;
+      limits[r] = (int32_t)seen, end = most(end, seen);
+      result.m[r] = -INFINITY, result.l[r] = 0.0f;
+    }
+    for (int64_t k = 0; k < end; k += kLatentBlock) {
+      const int64_t n = least(kLatentBlock, end - k);
+      Line<T> lines[kLatentLines];
+      stage(x.b, index * kLatentSplit + k, n, copy, lines, values);
+      for (int64_t r = 0; r < x.count; r += kPanel) {
+        alignas(64) int32_t here[kPanel];
+        bool any = false;
+        for (int64_t i = 0; i < kPanel; ++i) here[i] = limits[r + i] - (int32_t)k, any |= here[i] > 0;
+        if (!any) continue;
+        Block::run(f, lines, (n + kLine - 1) / kLine, least(kPanel, x.count - r), D, Dv, x.q + r * kp, values, here, result.m + r,
+                   result.l + r, result.o + r * ldo, ldo, k == 0, work);
+      }
+    }
+  }
+
+  void clear(const State& x, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) x.m[r] = -INFINITY, x.l[r] = 0.0f;
+  }
+  void take_in(const State& x, const State& next, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r)
+      if (next.m[r] != -INFINITY) merge_row(f, x.m + r, x.l + r, x.o + r * ldo, next.m[r], next.l[r], next.o + r * ldo, ldo);
+  }
+  void finish(const State& x, int64_t first, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (x.m[r] != -INFINITY) Block::unfold(x.o + r * ldo, Dv);
+      finish_row(f, x.m[r], x.l[r], x.o + r * ldo, Dv, nullptr, (S*)p.out + (first + r) * Dv, p.lse + first + r);
+    }
+  }
+
+  // Queries of `rows` rows from `first` on as right operands, a panel an item.
+  int64_t panels(int64_t rows) const { return (rows + kPanel - 1) / kPanel; }
+  void pack(int64_t first, int64_t rows, int64_t panel, T* q) const {
+    const int64_t r = panel * kPanel;
+    Mm::pack_b((const S*)p.q + (first + r) * D, D, least(kPanel, rows - r), D, q + r * kp);
+  }
+
+  // The prefix's whole splits for the rows of all sequences, some at a time: what each has after them.
+  void run_shared(float* scratch, int64_t floats, const State& result) const {
+    const int64_t rows = p.batch * R, chunks = (rows + kRows - 1) / kRows;
+    Scratch<T> q(panels(rows) * kPanel * kp);
+    parallel_for(p.threads, panels(rows), [&](int64_t i, int) { pack(0, rows, i, q); });
+    clear(result, rows);
+    const int64_t wave = least(shared, (4 * p.threads + chunks - 1) / chunks), apart = state_floats(kRows, ldo);
+    Scratch<float> partials(wave * chunks * apart);
+    for (int64_t done = 0; done < shared; done += wave) {
+      const int64_t now = least(wave, shared - done);
+      parallel_for(p.threads, now * chunks, [&](int64_t item, int thread) {
+        const int64_t r = item % chunks * kRows;
+        split({r, least(kRows, rows - r), 0, q + r * kp}, done + item / chunks, scratch + thread * floats,
+              state(partials + item * apart, kRows));
+      });
+      parallel_for(p.threads, panels(rows), [&](int64_t i, int) {
+        const int64_t r = i * kPanel, chunk = r / kRows;
+        for (int64_t s = 0; s < now; ++s)
+          take_in(after(result, r, ldo), after(state(partials + (s * chunks + chunk) * apart, kRows), r % kRows, ldo),
+                  least(kPanel, rows - r));
+      });
+    }
+  }
+
+  void run() const {
+    if (R == 0) return;
+    const int64_t B = p.batch, floats = scratch_floats();
+    Scratch<int64_t> before(B + 1);  // own splits of the sequences before b
+    before[0] = 0;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < B; ++b) before[b + 1] = before[b] + splits(b), longest = most(longest, splits(b));
+    const int64_t total = before[B];
+    int64_t rows = round_up(least(R, kRows), kPanel);  // of an item
+    while (rows > kPanel && total * ((R + rows - 1) / rows) < p.threads) rows = round_up(rows / 2, kPanel);
+    const int64_t chunks = (R + rows - 1) / rows, apart = state_floats(rows, ldo);
+    const bool whole = longest * 4 * p.threads <= total * chunks || total * chunks * apart > kMostPartials;
+
+    Scratch<float> scratch(p.threads * floats), shared_state(shared ? state_floats(B * R, ldo) : 0);
+    const State prefix = state(shared_state, B * R);
+    if (shared) run_shared(scratch, floats, prefix);
+    Scratch<T> packed(B * panels(R) * kPanel * kp);
+    parallel_for(p.threads, B * panels(R), [&](int64_t i, int) {
+      const int64_t b = i / panels(R);
+      pack(b * R, R, i % panels(R), packed + b * panels(R) * kPanel * kp);
+    });
+    const auto rows_of = [&](int64_t b, int64_t chunk) {
+      const int64_t r = chunk * rows;
+      return Rows{b * R + r, least(rows, R - r), b, packed + (b * panels(R) * kPanel + r) * kp};
+    };
+    // Where rows stand before their own splits: in `x`, or where the prefix left them.
+    const auto begin = [&](const State& x, int64_t first, int64_t n) {
+      if (shared) return after(prefix, first, ldo);
+      clear(x, n);
+      return x;
+    };
+
+    if (whole)
+      return parallel_for(p.threads, B * chunks, [&](int64_t item, int thread) {
+        const Rows x = rows_of(item / chunks, item % chunks);
+        float* mine = scratch + thread * floats;
+        float* states = mine + floats - 2 * state_floats(kRows, ldo);
+        const State part = state(states, kRows), sum = begin(state(states + state_floats(kRows, ldo), kRows), x.first, x.count);
+        for (int64_t s = 0; s < splits(x.b); ++s) {
+          split(x, shared + s, mine, part);
+          take_in(sum, part, x.count);
+        }
+        finish(sum, x.first, x.count);
+      });
+
+    Scratch<float> partials(total * chunks * apart);
+    parallel_for(p.threads, total * chunks, [&](int64_t item, int thread) {
+      int64_t b = 0;
+      while (before[b + 1] * chunks <= item) ++b;
+      const int64_t i = item - before[b] * chunks;
+      split(rows_of(b, i % chunks), shared + i / chunks, scratch + thread * floats, state(partials + item * apart, rows));
+    });
+    constexpr int64_t kSome = 4;  // rows merged at a time
+    const int64_t blocks = (R + kSome - 1) / kSome;
+    parallel_for(p.threads, B * blocks, [&](int64_t item, int thread) {
+      const int64_t b = item / blocks, r = item % blocks * kSome, n = least(kSome, R - r), chunk = r / rows;
+      const State sum = begin(state(scratch + thread * floats, kPanel), b * R + r, n);
+      for (int64_t s = 0; s < splits(b); ++s)
+        take_in(sum, after(state(partials + (before[b] * chunks + s * chunks + chunk) * apart, rows), r % rows, ldo), n);
+      finish(sum, b * R + r, n);
+    });
+  }
+};
+
+template <class S> void decode(const MlaDecodeParams& p) {
+  if (p.quantised) return Mla<S, fp8>(p).run();
+  Mla<S, S>(p).run();
+}
+
+}  // namespace
+
+void mla_decode(const MlaDecodeParams& p) {
+  switch (p.dtype) {
+    case DType::float32: return decode<float>(p);
+    case DType::bfloat16: return decode<bf16>(p);
+    case DType::float16: return decode<f16>(p);
+  }
+}
+
+}  // namespace tk::TK_ISA
