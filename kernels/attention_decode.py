@@ -123,10 +123,18 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
         value = tl.arange(0, BLOCK_DV)
         if LATENT:
             # Rows of contiguous results, without b, s and h: beside an accumulator of [64, 512] there are no registers for them.
+            # What is worked out again and what is kept is what spills nothing on Hopper.
             start = again(r0)
+            sequence = b
+            if FP8:
+                place = again(pid)
+                start = (place % row_blocks) * M
+                split = first_split + (place // row_blocks) % n_here
+                if not SHARED:
+                    sequence = (place // (row_blocks * n_here)).to(tl.int64)
             at = start.to(tl.int64)
             if not SHARED:
-                at += b * rows
+                at += sequence * rows
             i = tl.arange(0, M)
             inside = (start + i < rows)[:, None] & (value < DV)[None, :]
             if SINGLE:
