@@ -190,17 +190,18 @@ LOGITS = {"half": Rows(2048, 2048, 16384, 8, 3), "float": Rows(2048, 2048, 16384
 DESCRIPTORS = {"sm_80": False, "sm_90": False, "sm_100": False}
 
 # mla's decode: the padded value dim (512 for DeepSeek's latents) beside the kind of cache, "fp8" where it is dequantised. m rows hold
-# (query, head) pairs of one sequence; the key block `n` is read once, as keys and as values.
+# (query, head) pairs of one sequence; the key block `n` is read once, as keys and as values. An accumulator of [64, 512] takes half
+# of a Hopper program's registers: 64 keys spill, and so does prefetching FP8 (values pass through registers on their way).
 MLA_DECODE = {
-    ("sm_80", "half"): {256: Tile(32, 32, 4, 2), 512: Tile(32, 32, 8, 2)},
-    ("sm_90", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 64, 8, 2)},
-    ("sm_100", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 64, 8, 2)},
-    ("sm_80", "fp8"): {512: Tile(32, 32, 8, 2)},
-    ("sm_90", "fp8"): {512: Tile(64, 64, 8, 2)},
-    ("sm_100", "fp8"): {512: Tile(64, 64, 8, 2)},
-    ("sm_80", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 1)},
-    ("sm_90", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 2)},
-    ("sm_100", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 2)},
+    ("sm_80", "half"): {256: Tile(32, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
+    ("sm_90", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 3)},
+    ("sm_100", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+    ("sm_80", "fp8"): {512: Tile(16, 32, 8, 2)},
+    ("sm_90", "fp8"): {512: Tile(64, 32, 8, 1)},
+    ("sm_100", "fp8"): {512: Tile(64, 32, 8, 1)},
+    ("sm_80", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+    ("sm_90", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+    ("sm_100", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
 }
 
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)

@@ -64,7 +64,7 @@ def convert(x, DTYPE: tl.constexpr):
     """x as DTYPE, to nearest even; the interpreter's own conversion to bfloat16 cuts the low bits off."""
     if _INTERPRET and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536, bits)
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 

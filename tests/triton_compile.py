@@ -141,7 +141,8 @@ def mla_decode_call(dtype: torch.dtype, L: int = 512, R: int = 64, *, H: int = 1
     table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
     shared = None
     if prefix:
-        shared = (torch.empty(*((64, 64) if paged else (prefix,)), width, dtype=kind), prefix, torch.zeros(64, dtype=torch.int32) if paged else None)
+        pages = torch.zeros(64, dtype=torch.int32) if paged else None
+        shared = (torch.empty(*((64, 64) if paged else (prefix,)), width, dtype=kind), prefix, pages)
     seqlens = torch.tensor([5, 9], dtype=torch.int32)
     return lambda: mla.mla_decode(q, cache, out, lse, seqlens=seqlens, block_table=table, scale=192**-0.5, prefix=shared)
 
