@@ -122,30 +122,33 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
         # Write the result, or the split.
         value = tl.arange(0, BLOCK_DV)
         if LATENT:
-            # Rows of contiguous results, without b, s and h: beside an accumulator of [64, 512] there are no registers for them.
-            # What is worked out again and what is kept is what spills nothing on Hopper.
+            # Rows of contiguous results. Beside an accumulator of [64, 512] Hopper has no register left for their places, so these are
+            # worked out again; which of the two ways is shorter is what compiles without spills.
+            size = rows
             start = again(r0)
             sequence = b
-            if FP8:
-                place = again(pid)
-                start = (place % row_blocks) * M
-                split = first_split + (place // row_blocks) % n_here
-                if not SHARED:
-                    sequence = (place // (row_blocks * n_here)).to(tl.int64)
+            if FP8 and (PAGE > 0 or not (TAIL or SHARED)):
+                size = again(SQ) * G
+                if SHARED:
+                    size *= B
+                place, blocks = again(pid), tl.cdiv(size, M)
+                start = (place % blocks) * M
+                split = first_split + (place // blocks) % n_here
+                sequence = (place // (blocks * n_here)).to(tl.int64)
             at = start.to(tl.int64)
             if not SHARED:
-                at += sequence * rows
+                at += sequence * size
             i = tl.arange(0, M)
-            inside = (start + i < rows)[:, None] & (value < DV)[None, :]
+            inside = (start + i < size)[:, None] & (value < DV)[None, :]
             if SINGLE:
                 out, lse = finish(acc, total, peak, tl.zeros([M], tl.float32), False, q.dtype == tl.float32)
                 tl.store(out_ptr + at * DV + (i[:, None] * DV + value[None, :]), out.to(out_ptr.dtype.element_ty), mask=inside)
-                tl.store(lse_ptr + at + i, lse, mask=start + i < rows)
+                tl.store(lse_ptr + at + i, lse, mask=start + i < size)
             else:
                 at = at * n_splits + split
                 tl.store(part_ptr + at * DV + ((i * n_splits)[:, None] * DV + value[None, :]), acc, mask=inside)
-                tl.store(total_ptr + at + i * n_splits, total, mask=start + i < rows)
-                tl.store(peak_ptr + at + i * n_splits, peak, mask=start + i < rows)
+                tl.store(total_ptr + at + i * n_splits, total, mask=start + i < size)
+                tl.store(peak_ptr + at + i * n_splits, peak, mask=start + i < size)
         else:
             inside = live[:, None] & (value < DV)[None, :]
             if SINGLE:

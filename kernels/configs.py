@@ -194,7 +194,8 @@ DESCRIPTORS = {"sm_80": False, "sm_90": False, "sm_100": False}
 # of a Hopper program's registers: 64 keys spill, and so does prefetching FP8 (values pass through registers on their way).
 MLA_DECODE = {
     ("sm_80", "half"): {256: Tile(32, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
-    ("sm_90", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 3)},
+    ("sm_90", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+    ("sm_90", "half, prefix"): {512: Tile(64, 32, 8, 3)},  # m, n and warps as without a prefix: the same bits
     ("sm_100", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
     ("sm_80", "fp8"): {512: Tile(16, 32, 8, 2)},
     ("sm_90", "fp8"): {512: Tile(64, 32, 8, 1)},
@@ -252,12 +253,14 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, p
     return found
 
 
-def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool) -> Tile:
+def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool, prefix: bool) -> Tile:
     """The tile of mla_decode for queries of `dtype` and a padded value dim of at most 512."""
     if INTERPRET:
         return _INTERPRETER_TILE
-    wanted = "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
-    return MLA_DECODE[architecture(device), wanted][256 if padded_dv <= 256 else 512]
+    arch, wanted = architecture(device), "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
+    width = 256 if padded_dv <= 256 else 512
+    found = MLA_DECODE[arch, wanted][width]
+    return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
 
 
 def descriptors(device: torch.device) -> bool:

@@ -81,13 +81,13 @@ def mla_decode(q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, *, seqlens
     if prefix is not None:
         kv, length, table = prefix
         shared = (kv[..., None, :], kv[..., None, :], length, table)
-    decode(q, heads, heads, out, lse, configs.mla_tile(q.device, q.dtype, padded[0], fp8), padded, seqlens=seqlens,
-           block_table=block_table, scale=scale, prefix=shared, latent=True)
+    decode(q, heads, heads, out, lse, configs.mla_tile(q.device, q.dtype, padded[0], fp8, shared is not None), padded,
+           seqlens=seqlens, block_table=block_table, scale=scale, prefix=shared, latent=True)
 
 
 @triton.jit
 def _float_to_e4m3(x):
-    """float32 -> e4m3 bits, to nearest even; past 448, the largest, it stays there, and NaN is 0x7f. By its bits: sm_80 has no such type."""
+    """float32 -> e4m3 bits, to nearest even; past 448, the largest, it stays there, and NaN is 0x7f (sm_80 has no such type)."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     finite = tl.minimum(size, 0x43E00000)  # 448

@@ -20,7 +20,7 @@ def dot(a, b, accumulator):
     if _INTERPRET:  # its bfloat16 product multiplies the raw 16-bit words
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if a.dtype == tl.float32 and a.shape[1] > 128 and not _INTERPRET:
+    if a.dtype == tl.float32 and a.shape[1] > 128:
         # Without tensor cores each thread holds its operands' whole depth in registers: 256 deep they spill.
         PARTS: tl.constexpr = a.shape[1] // 64
         a_parts = tl.permute(tl.reshape(a, (a.shape[0], PARTS, 64)), (1, 0, 2))

@@ -253,7 +253,8 @@ def test_the_prepared_weights_follow_the_weights() -> None:
     def agree() -> None:
         fresh = build("v3", module.kv_b_proj.weight.dtype)
         fresh.load_state_dict(module.state_dict())
-        assert_bitwise(module(x.to(fresh.o_proj.weight.dtype), rope, mode="absorbed"), fresh(x.to(fresh.o_proj.weight.dtype), rope, mode="absorbed"))
+        given = x.to(fresh.o_proj.weight.dtype)
+        assert_bitwise(module(given, rope, mode="absorbed"), fresh(given, rope, mode="absorbed"))
 
     module(x, rope, mode="absorbed")
     kept = module._up_weights()[0]

