@@ -44,7 +44,8 @@ def caches(B: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def decode_contenders(B: int, T: int, H: int, Sq: int) -> Contenders:
     dense, pages, table, fp8 = caches(B, T)
-    q, seqlens = torch.randn(B, Sq, H, LATENT + ROPE, device="cuda", dtype=torch.bfloat16), torch.full((B,), T, device="cuda", dtype=torch.int32)
+    q = torch.randn(B, Sq, H, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
+    seqlens = torch.full((B,), T, device="cuda", dtype=torch.int32)
     out, lse = torch.empty(B, Sq, H, LATENT, device="cuda", dtype=torch.bfloat16), torch.empty(B, Sq, H, device="cuda")
     mask = torch.ones(Sq, T, device="cuda", dtype=torch.bool).tril(T - Sq)
 

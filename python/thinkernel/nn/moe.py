@@ -43,7 +43,8 @@ class MixtureOfExperts(nn.Module):
 
     score, n_group, topk_group, group_score, renormalize and scaling are those of `tk.route`: score="sigmoid" with
     expert_bias is DeepSeek-V3, score="softmax" is Mixtral and Qwen3, and with group_score="max" DeepSeek-V2. The bias
-    selects and never weighs; it has no gradient, and `update_bias` moves it by the counts of a step (loss-free balancing, arXiv:2408.15664).
+    selects and never weighs; it has no gradient, and `update_bias` moves it by the counts of a step (loss-free balancing,
+    arXiv:2408.15664).
     """
 
     def __init__(
