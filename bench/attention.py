@@ -36,7 +36,7 @@ from pathlib import Path
 import thinkernel as tk
 import torch
 import torch.nn.functional as F
-from memory import readers
+from memory import readers, readers_of
 from thinkernel.ops.dispatch import C
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -180,6 +180,7 @@ def decode(T: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]],
         "sdpa enable_gqa": lambda: F.scaled_dot_product_attention(*by_head, enable_gqa=True),
         "sdpa, group as rows": lambda: F.scaled_dot_product_attention(*folded),
         **readers(2 * k.numel() * k.element_size(), torch.get_num_threads()),
+        **readers_of([k, v], torch.get_num_threads()),
     }, 2 * k.numel() * k.element_size() / READ
 
 
@@ -190,10 +191,14 @@ def contestants(work: str, size: int, dtype: torch.dtype) -> tuple[dict[str, Cal
 
 
 def bandwidth(middle: dict[str, float], floor: float) -> tuple[float, dict[str, float]]:
-    """Takes the read loops out of the medians: -> the floor they set in seconds, our share of their speed in percent."""
-    loops = [middle.pop(who) for who in list(middle) if who.startswith("read ")]
-    floor = min(loops) / 1e3 if loops else floor
-    return floor, {who: round(100 * floor * 1e3 / t, 1) for who, t in middle.items() if who.startswith("thinkernel")}
+    """Takes the read loops out of the medians: -> the floor the fastest sets in seconds, our share of its speed in percent."""
+    loops = {who: middle.pop(who) for who in list(middle) if who.startswith("read ")}
+    floor = min(loops.values()) / 1e3 if loops else floor
+    share = {who: round(100 * floor * 1e3 / t, 1) for who, t in middle.items() if who.startswith("thinkernel")}
+    in_place = [t for who, t in loops.items() if who.startswith("read in place")]
+    if in_place:
+        share["thinkernel, of a loop over the same tensors"] = round(100 * min(in_place) / middle["thinkernel"], 1)
+    return floor, share
 
 
 def evict() -> Callable[[], object]:

@@ -11,23 +11,17 @@ high-water mark during a first call in a process of its own; outputs and the log
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import thinkernel as tk
 import torch
 from memory import readers
-from thinkernel.ops.dispatch import C
+from record import high_water_rise_mib, milliseconds, write
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 Runs = dict[str, Callable[[], object]]
 
 
@@ -86,12 +80,6 @@ def contestants(N: int, V: int, dtype: torch.dtype, backward: bool, compiled: bo
     return {name: (both if backward else forward)(form) for name, form in forms.items()}
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype) -> list[dict[str, object]]:
     bandwidth = readers(256 << 20, args.threads)
     rows: list[dict[str, object]] = []
@@ -123,11 +111,6 @@ def measure(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype) -> lis
     return rows
 
 
-def high_water_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(key))
-
-
 def peak_mib(args: argparse.Namespace, N: int, V: int, dtype: torch.dtype, backward: bool, form: str) -> float:
     command = [sys.executable, __file__, "--shapes", f"{N}x{V}", "--threads", str(args.threads), "--dtypes", str(dtype)[6:],
                "--peak", form, *["--compiled"] * args.compiled, *["--backward"] * backward]
@@ -151,21 +134,10 @@ def main() -> None:
         dtype = getattr(torch, args.dtypes[0])
         contestants(8, 64, dtype, args.backward, args.compiled)[args.peak]()  # what loads on first use
         run = contestants(*shapes[0], dtype, args.backward, args.compiled)[args.peak]
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs
-        before = high_water_kib("VmRSS")
-        run()
-        print((high_water_kib("VmHWM") - before) / 1024)
+        print(high_water_rise_mib(run))
         return
     rows = [row for dtype in args.dtypes for N, V in shapes for row in measure(args, N, V, getattr(torch, dtype))]
-    RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
-        "machine": platform.processor() or platform.machine(), "isa": C.isa(), "threads": args.threads, "commit": commit,
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "repeats": args.repeats, "results": rows,
-    }
-    path = RESULTS / "logprob_cpu.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
+    write("logprob_cpu.json", args, rows)
 
 
 if __name__ == "__main__":

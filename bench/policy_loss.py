@@ -5,7 +5,7 @@
 
 Two eager forms: "torch" computes what ours does, the loss and the metrics of policy_loss; "loss alone" is the shortest
 expression of the loss, whose gradient autograd has to form, without a single metric. Medians over repeats in which every
-contestant runs once in turn. The floor: every tensor that the option needs read once, the
+contestant runs in turn, timed right after an untimed run of its own. The floor: every tensor that the option needs read once, the
 gradient written, read and written again (scaled), at the machine's copy rate beyond the caches. Beside them
 group_advantages against its eager form (1024 samples in groups of 8). Results go to bench/results/.
 """
@@ -152,6 +152,7 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
         run(), run()
     for _ in range(repeats):
         for name, run in runs.items():
+            run()  # so that each is timed on its own caches, not on those the one before it left
             times[name].append(milliseconds(run))
     return {name: statistics.median(t) for name, t in times.items()}
 

@@ -196,7 +196,7 @@ template <class St> struct Decode {
       const int64_t b = (first + i) / rows, r = (first + i) % rows;
       memcpy((void*)(copy + i * D), at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), D * sizeof(St));
     }
-    Mm::pack_a(copy, D, n, D, q);
+    Products<T>::pack_q(copy, D, n, D, q);
   }
   void packed_split(int64_t b, int64_t index, int64_t h, float* scratch, float* result) const {
     const int64_t base = index * kSplit;

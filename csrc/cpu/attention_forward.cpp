@@ -162,9 +162,9 @@ template <class St> struct Forward {
   }
   void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, St* copy, T* to) const {
     const int64_t S = io.length(b);
-    if (r0 % S + rows <= S) return Mm::pack_a(query(b, kv_head, r0), io.q_stride[1], rows, D, to);
+    if (r0 % S + rows <= S) return Products<T>::pack_q(query(b, kv_head, r0), io.q_stride[1], rows, D, to);
     for (int64_t r = 0; r < rows; ++r) memcpy((void*)(copy + r * D), query(b, kv_head, r0 + r), D * sizeof(St));
-    Mm::pack_a(copy, D, rows, D, to);
+    Products<T>::pack_q(copy, D, rows, D, to);
   }
 
   // Chunks of a pair's rows: they lie within a head where a head has enough rows, else they run across the group's heads.

@@ -24,7 +24,7 @@ constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (f
 constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
 constexpr int64_t kMaxSuper = 4 * kStep;
 constexpr int64_t kGradientBytes = 12 << 20; // dy kept at a time, in both layouts together (24 MiB is no faster)
-constexpr int64_t kDepth = 256;              // columns of D in a work item of dh and dW
+constexpr int64_t kDepth = 192;              // at most: columns of D in a work item of dh and dW (256: 5-10 % slower at D 896)
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -145,7 +145,6 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   memset(p.lse, 0, p.n * sizeof(double));
   if (p.entropy) memset(p.entropy, 0, p.n * sizeof(float));
   const Head head(p.temperature, p.softcap);
-  if (p.kept_blocks) advise_huge(p.kept, p.kept_blocks * p.n * kKeptRow * (int64_t)sizeof(S));
   for (int64_t block = 0; block < p.kept_blocks && n < p.n; ++block)
     memset((void*)kept_row<S>(p.kept, p.n, block * kBlock, n), 0, (p.n - n) * kKeptRow * sizeof(S));
   if (n == 0) return;
@@ -262,9 +261,9 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
     if (dbias) memset((void*)dbias, 0, V * sizeof(S));
     return;
   }
-  if (dweight && !p.dweight_add) advise_huge(dweight, V * D * (int64_t)sizeof(S));
   const Head head(p.temperature, p.softcap);
   const int64_t chunks = ceil_div(n, kRows), depths = ceil_div(D, kDepth);
+  const int64_t depth = round_up(ceil_div(D, depths), G::NR);  // columns of D in an item of dh or dW
   const int64_t fit = kGradientBytes / (2 * (int64_t)sizeof(T) * n) / kStep * kStep;
   const int64_t super = least(round_up(V, kStep), least(kMaxSuper, fit < kStep ? kStep : fit));
 
@@ -275,9 +274,9 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   const int64_t dh_stride = D + 32;                       // rows of a tile 4 KiB apart would share one set of L1
   Scratch<float> dh(dhidden ? n * dh_stride : 0);         // [n, D], summed over super-blocks
   Scratch<float> db(dbias ? chunks * super : 0);          // [chunk, super]
-  const int64_t size_block = G::size_b(kBlock, Dp), size_depth = G::size_b(kDepth, super);
+  const int64_t size_block = G::size_b(kBlock, Dp), size_depth = G::size_b(depth, super);
   const int64_t size_packed = size_block > size_depth ? size_block : size_depth;
-  Scratch<T> packed(p.threads * size_packed);             // W: a block [kBlock, D], later a slice [kDepth, super]
+  Scratch<T> packed(p.threads * size_packed);             // W: a block [kBlock, D], later a slice [depth, super]
   Scratch<float> tiles(p.threads * kRows * kBlock);
   pack_hidden<T, S>(p.threads, hidden, p.hidden_stride, rows, D, left, dweight ? right.get() : nullptr);
 
@@ -319,28 +318,26 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       }
     });
 
-    // ---- dh += dy·W
+    // ---- dh += dy·W and dW = dyᵀ·h: the short items last, so that no thread waits long for another
     const int64_t row_groups = least(chunks, ceil_div(2 * p.threads, depths)), row_group = ceil_div(chunks, row_groups);
-    if (dhidden)
-      parallel_for(p.threads, depths * row_groups, [&](int64_t item, int thread) {
-        const int64_t d = item / row_groups * kDepth, cols = least(kDepth, D - d);
+    const int64_t strip = least(kRows, round_up(ceil_div(width, ceil_div(p.threads, depths)), G::MR));  // a narrow one feeds all
+    const int64_t strips = ceil_div(width, strip), dh_items = dhidden ? depths * row_groups : 0;
+    parallel_for(p.threads, dh_items + (dweight ? depths * strips : 0), [&](int64_t item, int thread) {
+      if (item < dh_items) {
+        const int64_t d = item / row_groups * depth, cols = least(depth, D - d);
         const int64_t first = item % row_groups * row_group, last = least(chunks, first + row_group);
         T* w = packed + thread * size_packed;
         G::pack_b_t(weight + v0 * p.weight_stride + d, p.weight_stride, cols, width, w);
         for (int64_t r = first * kRows; r < least(n, last * kRows); r += kRows)
           G::gemm(least(kRows, n - r), cols, width, dy + r * width_p, w, dh + r * dh_stride + d, dh_stride, v0 > 0);
-      });
-
-    // ---- dW = dyᵀ·h
-    const int64_t step = least(kRows, round_up(ceil_div(width, ceil_div(p.threads, depths)), G::MR));  // a narrow one feeds all
-    if (dweight)
-      parallel_for(p.threads, depths * ceil_div(width, step), [&](int64_t item, int thread) {
-        const int64_t d = item / ceil_div(width, step) * kDepth, cols = least(kDepth, D - d);  // its h stays in L2
-        const int64_t at = item % ceil_div(width, step) * step, count = least(step, width - at);
+      } else {
+        const int64_t d = (item - dh_items) / strips * depth, cols = least(depth, D - d);  // its h stays in L2
+        const int64_t at = (item - dh_items) % strips * strip, count = least(strip, width - at);
         float* tile = tiles + thread * kRows * kBlock;
-        G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, kDepth, false);
-        write_gradient<S>(tile, count, cols, kDepth, p.dweight_add, dweight, (v0 + at) * D + d, D);
-      });
+        G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, depth, false);
+        write_gradient<S>(tile, count, cols, depth, p.dweight_add, dweight, (v0 + at) * D + d, D);
+      }
+    });
     for (int64_t j = 0; dbias && j < width; j += W) {
       const int cols = (int)least(W, width - j);
       store_n(dbias + v0 + j, sum_rows(db + j, super, chunks, cols), cols);

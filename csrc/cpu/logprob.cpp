@@ -136,7 +136,6 @@ template <class S> void backward(const LogprobBackwardParams& p) {
   const Head head(p.temperature, p.softcap);
   const Items items(p.b * p.s, p.v);
   S* dlogits = (S*)p.dlogits;
-  advise_huge(dlogits, items.rows * p.v * (int64_t)sizeof(S));
   items.each(p.threads, [&](int64_t row, int64_t chunk) {
     const int64_t first = chunk * kChunk, n = least(kChunk, p.v - first), target = p.target[row];
     const S* y = (const S*)row_of(p, row, sizeof(S)) + first;

@@ -30,13 +30,6 @@ template <class F> inline void parallel_for(int threads, int64_t items, const F&
   }
 }
 
-// Asks for huge pages under a large result before its first write: a page fault per 4 KiB costs more than computing it.
-inline void advise_huge(void* data, int64_t bytes) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t from = ((uintptr_t)data + kHuge - 1) / kHuge * kHuge, to = ((uintptr_t)data + bytes) / kHuge * kHuge;
-  if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
-}
-
 // The blocks a thread gave back last, for its next call: fresh ones would cost a page fault per 4 KiB, or the zeroing of
 // 2 MiB (attention's forward at 2048 tokens took 105 to 216 faults a call).
 class ScratchCache {

@@ -113,15 +113,15 @@ struct Rows {
     advantage = p.advantage_per_token ? at(p.advantages, p.advantages_stride) : nullptr;
     a = p.advantage_per_token ? 0 : p.advantages[b.sequence * p.advantages_stride];
   }
-  // n tokens from the i-th on, 0 where masked
-  policy::Token<Ops> token(int64_t i, int n, vi on) const {
+  // n tokens from the i-th on, 0 where masked; plain: ref and rollout do not matter
+  template <bool plain = false> policy::Token<Ops> token(int64_t i, int n, vi on) const {
     const auto get = [&](const float* x) { return select(on, load_n(x + i, n), zero()); };
     policy::Token<Ops> t;
     t.logprob = get(logprob);
     t.old = old ? get(old) : t.logprob;
-    t.ref = ref ? get(ref) : zero();
+    t.ref = !plain && ref ? get(ref) : zero();
     t.rollout = t.old;
-    if (rollout) {
+    if (!plain && rollout) {
       const vf x = get(rollout);
       t.rollout = select(x != x, t.old, x);
     }
@@ -134,7 +134,9 @@ struct Rows {
 class PolicyLoss {
  public:
   explicit PolicyLoss(const PolicyLossParams& p)
-      : p_(p), o_(p), sums_(policy::needs_sequence_sums(p)), count_(block_count(p)), blocks_(count_), partials_(count_),
+      : p_(p), o_(p), sums_(policy::needs_sequence_sums(p)),
+        plain_(p.kl == policy::Kl::none && p.rollout == policy::Rollout::none && !p.off_policy && !p.entropy && !(p.top_entropy > 0)),
+        count_(block_count(p)), blocks_(count_), partials_(count_),
         words_(lay_out()), factors_(p.sequences), weights_(p.sequences) {
     threads_ = (int)least(p.threads, 1 + places_ / kItem);
     group_ = count_ == 0 ? 1 : least(256, 1 + kItem * count_ / (places_ + 1));
@@ -280,39 +282,63 @@ class PolicyLoss {
     for (int64_t i = 0; i < count_; ++i) bonus_ += partials_[i].bonus;
   }
 
+  // The loss pass with the form and (plain) the absence of every addition known to the compiler: a token's arithmetic is all it
+  // costs, and options looked at in the loop were two fifths of it.
   void loss_pass(int64_t index) {
+    using policy::Form;
+    if (!plain_) return loss_pass<Form::clipped, false>(index);
+    if (o_.form == Form::clipped) return loss_pass<Form::clipped, true>(index);
+    if (o_.form == Form::cispo) return loss_pass<Form::cispo, true>(index);
+    if (o_.form == Form::sapo) return loss_pass<Form::sapo, true>(index);
+    if (o_.form == Form::vespo) return loss_pass<Form::vespo, true>(index);
+    return loss_pass<Form::reinforce, true>(index);
+  }
+  template <policy::Form form, bool plain> void loss_pass(int64_t index) {
+    if (o_.level == Level::token) loss_pass<form, plain, true>(index);
+    else loss_pass<form, plain, false>(index);
+  }
+
+  // plain: o_.form is `form`, and there is no KL, rollout correction, off-policy mask or entropy. own_ratio: a token's own.
+  template <policy::Form form, bool plain, bool own_ratio> void loss_pass(int64_t index) {
     const Block b = blocks_[index];
-    const policy::Options o = o_;
+    policy::Options o = o_;
+    if constexpr (own_ratio) o.level = Level::token;
+    if constexpr (plain) {
+      o.form = form;
+      o.kl = policy::Kl::none;
+      o.rollout = policy::Rollout::none;
+      o.kl_correction = o.off_policy = 0;
+    }
     const policy::SequenceFactors f = factors_[b.sequence];
     const Rows rows(p_, b);
     const vf weight = splat((float)weights_[b.sequence]);
     const vf dentropy = splat((float)(-p_.entropy_coef / (bonus_ > 0 ? (double)bonus_ : 1.0)));
     const bool top = p_.top_entropy > 0, masks_rollout = o.rollout != policy::Rollout::none;
+    const bool clips = !plain || form == policy::Form::clipped || form == policy::Form::cispo;
     const float threshold = threshold_;
     const policy::ClipBounds clip = policy::clip_bounds(o);
     const vf low = splat(clip.low), high = splat(clip.high);
-    float* const dlogprob = p_.dlogprob ? p_.dlogprob + b.place : nullptr;
+    float* const dlogprob = p_.dlogprob && (own_ratio || !past_ratio_is_zero()) ? p_.dlogprob + b.place : nullptr;
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;
     const uint16_t* words = words_ + b.words;
     Sum loss, slope, approx_kl, ratio, kl, rollout_ratio, kept, entropy, bonus_entropy;
-    Sum* const all[] = {&loss, &slope, &approx_kl, &ratio, &kl, &rollout_ratio, &kept, &entropy, &bonus_entropy};
     vf least_ratio = splat(INFINITY), most_ratio = splat(-INFINITY);
-    int64_t clipped_low = 0, clipped_high = 0;
+    vi clipped_low = splat(0), clipped_high = splat(0);  // lane by lane
 
     over_words(b, [&](int64_t i, int n) {
       const uint32_t bits = *words++;
       if (bits == 0) {
         if (dlogprob) store_n(dlogprob + i, zero(), n);
-        if (dref) store_n(dref + i, zero(), n);
-        if (dent) store_n(dent + i, zero(), n);
+        if (!plain && dref) store_n(dref + i, zero(), n);
+        if (!plain && dent) store_n(dent + i, zero(), n);
         return;
       }
       const vi on = lanes_of(bits);
       const auto keep = [&](vf x) { return select(on, x, zero()); };
-      policy::Token<Ops> t = rows.token(i, n, on);
+      policy::Token<Ops> t = rows.token<plain>(i, n, on);
       vi bonus = on;
-      if (rows.entropy) {
+      if (!plain && rows.entropy) {
         const vf h = keep(load_n(rows.entropy + i, n));
         entropy.add(h);
         if (top) {
@@ -323,26 +349,39 @@ class PolicyLoss {
       }
       const policy::TokenLoss<Ops> x = policy::token_loss<Ops>(t, f, o);
       loss.add(keep(x.loss));
-      if (o.level == Level::token) {
-        approx_kl.add(keep(x.approx_kl));
+      approx_kl.add(keep(x.approx_kl));
+      if constexpr (own_ratio) {
         ratio.add(keep(x.ratio));
         least_ratio = min(least_ratio, select(on, x.ratio, splat(INFINITY)));
         most_ratio = max(most_ratio, select(on, x.ratio, splat(-INFINITY)));
         if (dlogprob) store_n(dlogprob + i, keep(weight * policy::token_gradient<Ops>(x)), n);
       } else {
-        approx_kl.add(keep(x.approx_kl));
         slope.add(keep(weight * x.slope));
         if (dlogprob) store_n(dlogprob + i, keep(weight * x.direct), n);
       }
-      clipped_low += count_bits(bits & bits_of(x.ratio < low) & bits_of(t.advantage < 0.0f));
-      clipped_high += count_bits(bits & bits_of(x.ratio > high) & bits_of(t.advantage > 0.0f));
-      if (o.kl != policy::Kl::none) kl.add(keep(x.kl));
-      if (masks_rollout) rollout_ratio.add(keep(x.rollout_ratio));
-      if (o.off_policy) kept.add(keep(x.kept));
-      if (dref) store_n(dref + i, keep(weight * x.dref), n);
-      if (dent) store_n(dent + i, select(bonus, dentropy, zero()), n);
+      if (clips) {
+        clipped_low -= on & (x.ratio < low) & (t.advantage < 0.0f);
+        clipped_high -= on & (x.ratio > high) & (t.advantage > 0.0f);
+      }
+      if constexpr (!plain) {
+        if (o.kl != policy::Kl::none) kl.add(keep(x.kl));
+        if (masks_rollout) rollout_ratio.add(keep(x.rollout_ratio));
+        if (o.off_policy) kept.add(keep(x.kept));
+        if (dref) store_n(dref + i, keep(weight * x.dref), n);
+        if (dent) store_n(dent + i, select(bonus, dentropy, zero()), n);
+      }
     }, [&] {
-      for (Sum* sum : all) sum->flush();
+      loss.flush();
+      approx_kl.flush();
+      if constexpr (own_ratio) ratio.flush();
+      else slope.flush();
+      if constexpr (!plain) {
+        kl.flush();
+        rollout_ratio.flush();
+        kept.flush();
+        entropy.flush();
+        bonus_entropy.flush();
+      }
     });
 
     Partial& out = partials_[index];
@@ -355,15 +394,22 @@ class PolicyLoss {
     out.kept = kept.total();
     out.entropy = entropy.total();
     out.bonus_entropy = top ? bonus_entropy.total() : out.entropy;
-    out.clipped_low = clipped_low;
-    out.clipped_high = clipped_high;
-    if (o.level == Level::token) {
+    for (int i = 0; i < W; ++i) {
+      out.clipped_low += clipped_low[i];
+      out.clipped_high += clipped_high[i];
+    }
+    if (own_ratio) {
       out.ratio_max = reduce_max(most_ratio);
       out.ratio_min = -reduce_max(-least_ratio);
     } else if (out.tokens > 0) {
       out.ratio = (double)f.ratio * (double)out.tokens;
       out.ratio_min = out.ratio_max = f.ratio;
     }
+  }
+
+  // Where the whole gradient goes through the sequence's ratio, the last pass writes it and the loss pass leaves it alone.
+  bool past_ratio_is_zero() const {
+    return o_.kl == policy::Kl::none && (o_.form == policy::Form::clipped || o_.form == policy::Form::sapo);
   }
 
   void add_sequence_gradients() {
@@ -380,14 +426,18 @@ class PolicyLoss {
       float* const dlogprob = p_.dlogprob + b.place;
       const uint16_t* words = words_ + b.words;
       const float slope = g[b.sequence];
+      const bool alone = past_ratio_is_zero();
       for (int64_t i = 0; i < b.length; i += W) {
         const int n = (int)least(W, b.length - i);
         const uint32_t bits = *words++;
-        if (bits == 0) continue;
+        if (bits == 0) {
+          if (alone) store_n(dlogprob + i, zero(), n);
+          continue;
+        }
         const vi on = lanes_of(bits);
-        const policy::Token<Ops> t = rows.token(i, n, on);
-        const vf more = policy::sequence_gradient<Ops>(t.logprob, t.old, slope, o);
-        store_n(dlogprob + i, load_n(dlogprob + i, n) + select(on, more, zero()), n);
+        const policy::Token<Ops> t = rows.token<true>(i, n, on);
+        const vf more = select(on, policy::sequence_gradient<Ops>(t.logprob, t.old, slope, o), zero());
+        store_n(dlogprob + i, alone ? more : load_n(dlogprob + i, n) + more, n);
       }
     });
   }
@@ -432,7 +482,7 @@ class PolicyLoss {
 
   const PolicyLossParams& p_;
   const policy::Options& o_;
-  const bool sums_;
+  const bool sums_, plain_;
   const int64_t count_;
   int64_t places_ = 0, tokens_ = 0, bonus_ = 0;
   Scratch<Block> blocks_;

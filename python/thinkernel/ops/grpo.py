@@ -89,7 +89,7 @@ def _reference_forward(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tens
 
 def _kept(hidden: Tensor, keep: int) -> Tensor:
     """Room for the logits of `keep` blocks of words."""
-    return hidden.new_empty((keep, hidden.shape[0], KEPT_ROW))
+    return empty((keep, hidden.shape[0], KEPT_ROW), hidden)
 
 
 @linear_logprob_backward.kernel("reference")
