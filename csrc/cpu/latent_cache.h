@@ -14,7 +14,7 @@ template <class A, class B> inline constexpr bool same_type = false;
 template <class A> inline constexpr bool same_type<A, A> = true;
 
 inline constexpr int64_t kLatent = 512, kRope = 64, kGroup = 128;  // values: quantised, in bfloat16, sharing one scale
-inline constexpr int64_t kScalesAt = kLatent, kRopeAt = kLatent + 4 * (kLatent / kGroup);
+inline constexpr int64_t kScalesAt = kLatent, kRopeAt = kLatent + 4 * (kLatent / kGroup), kTokenBytes = kRopeAt + 2 * kRope;
 
 // The tokens of all sequences, those of a shared prefix first.
 template <class Kv> struct Tokens {
@@ -45,6 +45,40 @@ template <class Kv> struct Tokens {
   }
 };
 
+// What is fetched into L2 while other tokens are worked on: n tokens of a sequence from one on, in kStreams places at once. The
+// memory delivers four streams a core faster than one, if the hardware's prefetcher sees them rise evenly.
+template <class Kv> class Ahead {
+ public:
+  static constexpr int64_t kStreams = 4;
+  Ahead() = default;
+  Ahead(const Tokens<Kv>& tokens, int64_t b, int64_t first, int64_t n, int64_t values)
+      : tokens_(&tokens), b_(b), first_(first), n_(n), bytes_(values * (int64_t)sizeof(Kv)), left_((n + kStreams - 1) / kStreams) {
+    if (left_) place();
+  }
+  // So that everything is fetched in `calls` calls of beat(), each of which takes some lines of every stream.
+  void spread(int64_t calls) { rate_ = (left_ * ((bytes_ + 63) / 64) + calls - 1) / calls; }
+  __attribute__((always_inline)) void beat() {
+    for (int64_t i = 0; i < rate_ && left_; ++i) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kStreams; ++u) __builtin_prefetch(at_[u] + done_, 0, 2);
+      if (__builtin_expect((done_ += 64) >= bytes_, 0)) {
+        done_ = 0;
+        if (--left_) place();
+      }
+    }
+  }
+
+ private:
+  void place() {
+    const int64_t part = (n_ + kStreams - 1) / kStreams;
+    for (int u = 0; u < kStreams; ++u)
+      at_[u] = (const char*)tokens_->row(b_, first_ + least(n_ - 1, (u + 1) * part - left_));
+  }
+  const Tokens<Kv>* tokens_ = nullptr;
+  int64_t b_ = 0, first_ = 0, n_ = 0, bytes_ = 0, left_ = 0, done_ = 0, rate_ = 1;
+  const char* at_[kStreams] = {};
+};
+
 // ---- reading: one token into T
 
 template <class S> inline void read_latent(const S* row, int64_t D, float* to) {
@@ -64,11 +98,51 @@ inline vf load_e4m3(const uint8_t* p) {
   value = magnitude == 0x7f ? splat((int32_t)0x7fc00000) : value;
   return as_float(value | (x & 0x80) << 24);
 }
+// A group of kGroup values.
+template <class T> inline void read_group(const uint8_t* x, float scale, T* to) {
+  for (int64_t d = 0; d < kGroup; d += W) store(to + d, load_e4m3(x + d) * scale);
+}
+#if defined(__AVX512BW__)
+inline void put_words(bf16* to, __m512i x) { _mm512_storeu_si512(to, x); }
+inline void put_words(float* to, __m512i x) {
+  _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16));
+  _mm512_storeu_si512(to + 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16));
+}
+// The same in integers, 32 values of bfloat16 at a time: three bits of mantissa times a power of two. False, and nothing done,
+// where the scale is none, a result would not be a normal number, or there is a NaN.
+template <class T> inline bool read_group_fast(const uint8_t* x, float scale, T* to) {
+  const uint32_t bits = float_to_bits(scale);
+  const int32_t power = (int32_t)(bits >> 23) - 127;
+  if ((bits & 0x807fffff) != 0 || power < -117 || power > 119) return false;
+  const __m512i low7 = _mm512_set1_epi8(0x7f);
+  const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(x), low7), low7) |
+                        _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(x + 64), low7), low7);
+  if (nan) return false;
+  const __m512i shift = _mm512_set1_epi16((int16_t)(power * 128)), offset = _mm512_add_epi16(shift, _mm512_set1_epi16(120 * 128));
+  // Exponent 0: m 2^-9.
+  const __m512i tiny = _mm512_mask_add_epi16(
+      _mm512_setzero_si512(), 0xfe,
+      _mm512_castsi128_si512(_mm_setr_epi16(0, 118 * 128, 119 * 128, 119 * 128 + 64, 120 * 128, 120 * 128 + 32, 120 * 128 + 64, 120 * 128 + 96)), shift);
+#pragma GCC unroll 4
+  for (int64_t d = 0; d < kGroup; d += 32) {
+    const __m512i word = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(x + d)));
+    const __m512i magnitude = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
+    __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), offset);
+    value = _mm512_mask_permutexvar_epi16(value, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude, tiny);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(word, 8), _mm512_set1_epi16((int16_t)0x8000));
+    put_words(to + d, _mm512_or_si512(value, sign));
+  }
+  return true;
+}
+#else
+template <class T> inline bool read_group_fast(const uint8_t*, float, T*) { return false; }
+#endif
 template <class T> inline void read_quantised(const fp8* row, T* to) {
   for (int64_t g = 0; g < kLatent / kGroup; ++g) {
     float scale;
     memcpy(&scale, row + kScalesAt + 4 * g, 4);
-    for (int64_t d = g * kGroup; d < (g + 1) * kGroup; d += W) store(to + d, load_e4m3((const uint8_t*)row + d) * scale);
+    const uint8_t* x = (const uint8_t*)row + g * kGroup;
+    if (!read_group_fast(x, scale, to + g * kGroup)) read_group(x, scale, to + g * kGroup);
   }
   read_latent((const bf16*)(row + kRopeAt), kRope, to + kLatent);
 }
@@ -77,13 +151,13 @@ inline void read_latent(const fp8* row, int64_t, bf16* to) { read_quantised(row,
 
 // ---- writing
 
-// The byte of e4m3 in each lane, rounded to nearest even; above 464 and NaN: NaN.
+// The byte of e4m3 in each lane, rounded to nearest even; what is larger than 448 becomes 448, NaN stays NaN.
 inline vi to_e4m3(vf x) {
-  const vi bits = as_int(x), a = bits & 0x7fffffff;
+  const vi bits = as_int(x), a = as_int(min(abs(x), splat(448.0f)));
   const vi tiny = as_int(as_float(a) + 0x1p14f) - (141 << 23);  // adding 2^14 rounds at 2^-9
   const vi normal = (a - (120 << 23) + 0x7ffff + ((a >> 20) & 1)) >> 20;
   vi value = a < (121 << 23) ? tiny : normal;
-  value = a >= (1087 << 20) ? splat((int32_t)0x7f) : value;  // 480
+  value = x != x ? splat((int32_t)0x7f) : value;
   return value | ((bits >> 24) & 0x80);
 }
 // 2^ceil(log2(max(amax / 448, 1e-4)))
@@ -100,11 +174,10 @@ template <class S> inline void write_latent(const S* latent, const S* rope, int6
     vf top = zero();
     for (int64_t d = 0; d < kGroup; d += W) {
       const vf a = abs(load(x + d));
-      top = a <= top ? top : a;  // a NaN comes in
-      top = top != top ? splat(NAN) : top;
+      top = (a > top) | (a != a) ? a : top;  // a NaN comes in and stays
     }
     float amax = top[0];
-    for (int i = 1; i < W; ++i) amax = top[i] <= amax ? amax : amax != amax ? amax : top[i];
+    for (int i = 1; i < W; ++i) amax = top[i] > amax || top[i] != top[i] ? top[i] : amax;
     const float scale = e4m3_scale(amax), inverse = 1.0f / scale;
     memcpy((void*)(row + kScalesAt + 4 * g), &scale, 4);
     for (int64_t d = 0; d < kGroup; d += W) {

@@ -5,8 +5,9 @@
 // Scores are computed transposed, a lane a row: S^T = KV Q^T. So the latents are the left operand as they lie in the cache,
 // the queries are packed once, and maximum, sum and exponentials run down the keys without a reduction over lanes.
 //
-// Order of sums, which the bits depend on: a row's keys in blocks of kLatentBlock from its split's first key; m, l and o are
+// Order of sums, which the bits depend on: a row's keys in blocks of kKeys from its split's first key; m, l and o are
 // carried from block to block. A row whose maximum stays is not rescaled (times 1). What a row does not see adds exact zeros.
+// next.beat(): something to fetch meanwhile (latent_cache.h).
 //
 // D values of a latent, Dv of them its value; a panel is 2W rows, as Gemm packs right operands; a half of it one lane each.
 #pragma once
@@ -14,10 +15,6 @@
 #include "attention_block.h"
 
 namespace tk::TK_ISA {
-
-inline constexpr int64_t kLatentBlock = 256;  // keys
-inline constexpr int64_t kLatentLines = kLatentBlock / kLine;
-inline constexpr int64_t kHalf = kLatentBlock * W;  // floats of the scores of half a panel, [keys, W]
 
 // kLine latents at a constant stride, of which those past the end of a sequence are zeros.
 template <class T> struct Line {
@@ -83,25 +80,32 @@ template <class T> struct LatentBlock;
 
 template <> struct LatentBlock<float> {
   using Mm = Gemm<float>;
+  static constexpr int64_t kKeys = 256;        // of a block
   static constexpr int64_t kPanel = 2 * W;
+  static constexpr int64_t kHalf = kKeys * W;  // floats of the scores of half a panel, [keys, W]
+  static constexpr int64_t kScoreBlock = 64;  // values of D summed in one chain: with 128 the error was 1.6 times torch's
 
   static int64_t width(int64_t D) { return D; }  // of a copied latent
   static bool takes(int64_t) { return true; }    // latents where they lie
   static int64_t ld_o(int64_t Dv) { return round_up(Dv, W) + W; }
-  static int64_t floats(int64_t) { return 2 * kHalf; }  // scratch: scores of a panel
-  static int64_t values_floats(int64_t) { return 0; }
+  // Scratch in floats: the probabilities of a panel, and what values() and probabilities() need beside them.
+  static constexpr int64_t kProbs = 2 * kHalf, kWork = 0;
+  // How often a whole block calls next.beat().
+  static int64_t beats(int64_t panels, int64_t D, int64_t) {
+    return panels * (D / kScoreBlock + 1) * kKeys / 4;
+  }
   static void unfold(float*, int64_t) {}
 
-  // Nothing to prepare: values are read as they lie.
-  static void pack_values(const Line<float>&, int64_t, int64_t, float*) {}
-
-  // A panel's rows (the first `rows` of it) against `lines` lines; q packed. first: o holds nothing yet.
-  static void run(const Transform& f, const Line<float>* lines, int64_t count, int64_t rows, int64_t D, int64_t Dv, const float* q,
-                  const float*, const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* s) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (rows > W) scores<W == 16 ? 8 : 4, 2>(lines[i], D, q, s + i * kLine * W);
-      else scores<W == 16 ? 16 : 8, 1>(lines[i], D, q, s + i * kLine * W);
-    }
+  // Probabilities of a panel's first `rows` rows over `count` lines; q packed. first: o holds nothing yet.
+  template <class Next>
+  static void probabilities(const Transform& f, const Line<float>* lines, int64_t count, int64_t rows, int64_t D, const float* q,
+                            const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* s, float*, Next& next) {
+    for (int64_t d = 0; d < D; d += kScoreBlock)  // that much of the queries stays in L1 for all keys
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = least(kScoreBlock, D - d);
+        if (rows > W) scores<W == 16 ? 8 : 4, 2>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+        else scores<W == 16 ? 16 : 8, 1>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+      }
     for (int64_t h = 0; h * W < rows; ++h) {
       alignas(64) float shrink[W];
       float* x = s + h * kHalf;
@@ -111,70 +115,84 @@ template <> struct LatentBlock<float> {
       });
       if (!first) shrink_rows(shrink, least(W, rows - h * W), o + h * W * ldo, ldo);
     }
+  }
+  // o (+)= P V for `rows` rows; panels whose flag is not set see nothing.
+  template <class Next>
+  static void values(const Line<float>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
+                     int64_t ldo, bool first, float*, Next& next) {
     constexpr int64_t kLines = Mm::KB / kLine;  // of a summation block
     for (int64_t i = 0; i < count; i += kLines) {
       const int64_t n = least(kLines, count - i);
       const bool add = !first || i > 0;
-      int64_t d = 0;
-      for (; d + 3 * W <= Dv; d += 3 * W) columns<3>(lines + i, n, d, 0, rows, s + i * kLine * W, o + d, ldo, add);
-      for (; d < Dv; d += W) columns<1>(lines + i, n, d, Dv - d, rows, s + i * kLine * W, o + d, ldo, add);
+      for (int64_t d = 0; d < Dv;) {  // a column panel of the values stays in L1 for all rows
+        const bool wide = d + 3 * W <= Dv;
+        for (int64_t r = 0; r < rows; r += kPanel) {
+          if (!sees[r / kPanel]) continue;
+          const float* p = probs + r / kPanel * kProbs + i * kLine * W;
+          if (wide) columns<3>(lines + i, n, d, 0, least(kPanel, rows - r), p, o + r * ldo + d, ldo, add, next);
+          else columns<1>(lines + i, n, d, Dv - d, least(kPanel, rows - r), p, o + r * ldo + d, ldo, add, next);
+        }
+        d += wide ? 3 * W : W;
+      }
     }
   }
 
  private:
-  // S^T of kLine keys, K at a time, and N halves of a panel of rows.
-  template <int K, int N> static void scores(const Line<float>& line, int64_t D, const float* q, float* s) {
-    for (int64_t key = 0; key < kLine; key += K, s += K * W)
-      for (int64_t first = 0; first < D; first += Mm::KB) {  // Gemm's summation blocks
-        const int64_t end = least(D, first + Mm::KB), step = line.step;
-        vf acc[K][N];
+  // S^T of kLine keys, K at a time, and N halves of a panel of rows: what values d to d + n of D add to it.
+  template <int K, int N, class Next>
+  static __attribute__((noinline)) void scores(const Line<float>& line, int64_t d, int64_t n, const float* q, float* s, Next& next) {
+    const int64_t step = line.step;
+    for (int64_t key = 0; key < kLine; key += K, s += K * W) {
+      for (int i = 0; i < 4; ++i) next.beat();
+      vf acc[K][N];
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i)
+      for (int i = 0; i < K; ++i)
 #pragma GCC unroll 2
-          for (int h = 0; h < N; ++h) acc[i][h] = zero();
-        const float* row[(K + 2) / 3];  // every third row: the two after it are within reach of an address
+        for (int h = 0; h < N; ++h) acc[i][h] = zero();
+      const float* row[(K + 2) / 3];  // every third row: the two after it are within reach of an address
 #pragma GCC unroll 16
-        for (int i = 0; i < K; i += 3) row[i / 3] = line.at + (key + i) * step + first;
-        const float* x = q + first * kPanel;
-        for (int64_t d = first; d < end; ++d, x += kPanel) {
-          vf y[N];
+      for (int i = 0; i < K; i += 3) row[i / 3] = line.at + (key + i) * step + d;
+      const float* x = q;
+      for (int64_t left = n; left; --left, x += kPanel) {
+        vf y[N];
 #pragma GCC unroll 2
-          for (int h = 0; h < N; ++h) y[h] = load(x + h * W);
+        for (int h = 0; h < N; ++h) y[h] = load(x + h * W);
 #pragma GCC unroll 16
-          for (int i = 0; i < K; ++i) {
-            const vf k = splat(row[i / 3][i % 3 * step]);
+        for (int i = 0; i < K; ++i) {
+          const vf k = splat(row[i / 3][i % 3 * step]);
 #pragma GCC unroll 2
-            for (int h = 0; h < N; ++h) acc[i][h] = fma(k, y[h], acc[i][h]);
-          }
-#pragma GCC unroll 16
-          for (int i = 0; i < K; i += 3) ++row[i / 3];
+          for (int h = 0; h < N; ++h) acc[i][h] = fma(k, y[h], acc[i][h]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i)
-#pragma GCC unroll 2
-          for (int h = 0; h < N; ++h) {
-            float* to = s + h * kHalf + i * W;
-            store(to, first > 0 ? load(to) + acc[i][h] : acc[i][h]);
-          }
+        for (int i = 0; i < K; i += 3) ++row[i / 3];
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i)
+#pragma GCC unroll 2
+        for (int h = 0; h < N; ++h) {
+          float* to = s + h * kHalf + i * W;
+          store(to, d > 0 ? load(to) + acc[i][h] : acc[i][h]);
+        }
+    }
   }
 
   // o[rows, C vectors] (+)= P V over n lines; `left` columns are left where a vector may reach past the last one (C = 1).
-  template <int C>
+  template <int C, class Next>
   static void columns(const Line<float>* lines, int64_t n, int64_t d, int64_t left, int64_t rows, const float* p, float* o,
-                      int64_t ldo, bool add) {
+                      int64_t ldo, bool add, Next& next) {
     constexpr int R = W == 16 ? 8 : W == 8 ? 4 : 2;
     for (int64_t r = 0; r < rows;) {
       const float* x = p + r / W * kHalf + r % W;
       const int64_t some = rows - r;
-      if (some >= R) tile<R, C>(lines, n, d, left, x, o + r * ldo, ldo, add), r += R;
-      else if (some >= 4) tile<4, C>(lines, n, d, left, x, o + r * ldo, ldo, add), r += 4;
-      else if (some >= 2) tile<2, C>(lines, n, d, left, x, o + r * ldo, ldo, add), r += 2;
-      else tile<1, C>(lines, n, d, left, x, o + r * ldo, ldo, add), r += 1;
+      if (some >= R) tile<R, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += R;
+      else if (some >= 4) tile<4, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 4;
+      else if (some >= 2) tile<2, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 2;
+      else tile<1, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 1;
     }
   }
-  template <int R, int C>
-  static void tile(const Line<float>* lines, int64_t n, int64_t d, int64_t left, const float* p, float* o, int64_t ldo, bool add) {
+  template <int R, int C, class Next>
+  static __attribute__((noinline)) void tile(const Line<float>* lines, int64_t n, int64_t d, int64_t left, const float* p, float* o, int64_t ldo, bool add,
+                   Next& next) {
     vf acc[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -184,6 +202,7 @@ template <> struct LatentBlock<float> {
     for (int64_t i = 0; i < n; ++i) {
       const float* v = lines[i].at + d;
       const int64_t step = lines[i].step;
+      for (int u = 0; u < 4; ++u) next.beat();
       for (int64_t k = 0; k < kLine; ++k, v += step, p += W) {
         vf x[C];
 #pragma GCC unroll 4
@@ -211,28 +230,19 @@ template <> struct LatentBlock<float> {
 #if defined(__AMX_BF16__)
 template <> struct LatentBlock<bf16> {
   using Mm = Gemm<bf16>;
+  static constexpr int64_t kKeys = 256;  // of a block
   static constexpr int64_t kPanel = 32, kTile = Mm::kTile;
-  static constexpr int64_t kProbs = kLatentBlock * 16;  // elements of the probabilities of half a panel, [lines, 16 rows, 32 keys]
+  static constexpr int64_t kHalf = kKeys * 16;       // floats of the scores of half a panel, [keys, 16 rows]
+  static constexpr int64_t kHalfProbs = kKeys * 16;  // elements, [lines, 16 rows, 32 keys]
 
   static int64_t width(int64_t D) { return round_up(D, 32); }
   static bool takes(int64_t D) { return D % 32 == 0; }  // else a tile row would reach past the latent
   static int64_t ld_o(int64_t Dv) { return round_up(Dv, 32) + 16; }  // no power of two: the rows of a tile fall in different sets
-  static int64_t floats(int64_t) { return 2 * kHalf + kProbs; }      // scratch: scores and probabilities of a panel
-  static int64_t values_floats(int64_t Dv) { return kLatentBlock * round_up(Dv, 32) / 2; }
-
-  // Right operands of P V of line i: pairs of keys interleaved, [Dv / 32][lines][2 tiles][16 pairs][16 columns][2], the columns
-  // in the order that the instruction gives: tile 0 of 32 holds 0-3, 8-11, ..., tile 1 the others. unfold() undoes it.
-  static void pack_values(const Line<bf16>& line, int64_t i, int64_t Dv, float* values) {
-    bf16* to = (bf16*)values + i * 2 * kTile;
-    for (int64_t d = 0; d < Dv; d += 32, to += kLatentLines * 2 * kTile)
-#pragma GCC unroll 4
-      for (int64_t pair = 0; pair < 16; ++pair) {
-        const bf16* row = line.at + 2 * pair * line.step + d;
-        const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + line.step);
-        _mm512_store_si512(to + pair * 32, _mm512_unpacklo_epi16(even, odd));
-        _mm512_store_si512(to + kTile + pair * 32, _mm512_unpackhi_epi16(even, odd));
-      }
+  static constexpr int64_t kProbs = kHalfProbs, kWork = 2 * kHalf;   // work: scores of a panel, or 32 columns of values
+  static int64_t beats(int64_t panels, int64_t D, int64_t Dv) {
+    return kKeys / kLine * (panels * (D + Dv) / 32 + Dv / 32 * 4);
   }
+
   static void unfold(float* o, int64_t Dv) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -243,31 +253,56 @@ template <> struct LatentBlock<bf16> {
     }
   }
 
-  static void run(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, int64_t Dv, const bf16* q,
-                  const float* values, const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* s) {
+  template <class Next>
+  static void probabilities(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q,
+                            const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result, float* s,
+                            Next& next) {
     const int64_t halves = rows > 16 ? 2 : 1, steps = Mm::padded_k(D) / 32;
-    bf16* probs = (bf16*)(s + 2 * kHalf);
     for (int64_t i = 0; i < count; ++i) {
-      if (halves == 2) scores<2>(lines[i], steps, q, s + i * kLine * 16);
-      else scores<1>(lines[i], steps, q, s + i * kLine * 16);
+      if (halves == 2) scores<2>(lines[i], steps, q, s + i * kLine * 16, next);
+      else scores<1>(lines[i], steps, q, s + i * kLine * 16, next);
     }
     tile_fence();
     for (int64_t h = 0; h < halves; ++h) {
       alignas(64) float shrink[16];
-      softmax(f, s + h * kHalf, count * kLine, limit + h * 16, m + h * 16, l + h * 16, shrink, probs + h * kProbs);
+      softmax(f, s + h * kHalf, count * kLine, limit + h * 16, m + h * 16, l + h * 16, shrink, (bf16*)result + h * kHalfProbs);
       if (!first) shrink_rows(shrink, least(16, rows - h * 16), o + h * 16 * ldo, ldo);
     }
-    const bf16* v = (const bf16*)values;
-    for (int64_t d = 0; d < Dv; d += 32, v += kLatentLines * 2 * kTile) {
-      if (halves == 2) add_values<2>(count, probs, v, o + d, ldo, first);
-      else add_values<1>(count, probs, v, o + d, ldo, first);
+  }
+  template <class Next>
+  static void values(const Line<bf16>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
+                     int64_t ldo, bool first, float* work, Next& next) {
+    bf16* v = (bf16*)work;
+    for (int64_t d = 0; d < Dv; d += 32) {
+      for (int64_t i = 0; i < count; ++i) pack_values(lines[i], d, v + i * 2 * kTile, next);
+      for (int64_t r = 0; r < rows; r += kPanel) {
+        if (!sees[r / kPanel]) continue;
+        const bf16* p = (const bf16*)(probs + r / kPanel * kProbs);
+        if (rows - r > 16) add_values<2>(count, p, v, o + r * ldo + d, ldo, first, next);
+        else add_values<1>(count, p, v, o + r * ldo + d, ldo, first, next);
+      }
     }
     tile_fence();
   }
 
  private:
+  // Columns d to d + 32 of kLine values as right operands, pairs of keys interleaved: [2 tiles][16 pairs][16 columns][2], the
+  // columns in the order that the instruction gives: tile 0 holds 0-3, 8-11, ..., tile 1 the others. unfold() undoes it.
+  template <class Next> static void pack_values(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
+    const bf16* row = line.at + d;
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < 16; ++pair, row += 2 * line.step, to += 32) {
+      if (pair % 4 == 0) next.beat();
+      const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + line.step);
+      __builtin_prefetch(row + 32, 0, 3);
+      __builtin_prefetch(row + line.step + 32, 0, 3);
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(even, odd));
+    }
+  }
+
   // S^T of kLine keys and N halves of a panel of rows.
-  template <int N> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s) {
+  template <int N, class Next> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s, Next& next) {
     const bf16 *a = line.at, *below = a + 16 * line.step;
     const int64_t bytes = line.step * 2;
     tile_fence();
@@ -278,10 +313,11 @@ template <> struct LatentBlock<bf16> {
       _tile_zero(3);
     }
     for (; steps; --steps, a += 32, below += 32, q += 2 * kTile) {
-      _tile_loadd(4, a, bytes);
+      next.beat();
+      _tile_stream_loadd(4, a, bytes);  // past L1, where the queries stay
       _tile_loadd(6, q, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, below, bytes);
+      _tile_stream_loadd(5, below, bytes);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (N == 2) {
         _tile_loadd(7, q + kTile, 64);
@@ -315,7 +351,8 @@ template <> struct LatentBlock<bf16> {
   }
 
   // o[N halves, 32] (+)= P V
-  template <int N> static void add_values(int64_t count, const bf16* probs, const bf16* v, float* o, int64_t ldo, bool first) {
+  template <int N, class Next>
+  static void add_values(int64_t count, const bf16* probs, const bf16* v, float* o, int64_t ldo, bool first, Next& next) {
     const int64_t bytes = ldo * 4;
     float* below = o + 16 * ldo;
     tile_fence();
@@ -335,13 +372,14 @@ template <> struct LatentBlock<bf16> {
       }
     }
     for (; count; --count, probs += kTile, v += 2 * kTile) {
-      _tile_loadd(4, probs, 64);
+      next.beat();
+      _tile_stream_loadd(4, probs, 64);  // past L1, where the values stay
       _tile_loadd(6, v, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, v + kTile, 64);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (N == 2) {
-        _tile_loadd(5, probs + kProbs, 64);
+        _tile_stream_loadd(5, probs + kHalfProbs, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }

@@ -53,6 +53,8 @@ template <class S, class Kv> struct Mla {
   // Splits of a sequence after the shared ones.
   int64_t splits(int64_t b) const { return most(0, (tokens.count(b) + kLatentSplit - 1) / kLatentSplit - shared); }
 
+  int64_t token_size() const { return p.quantised ? kTokenBytes : D; }
+
   static int64_t state_floats(int64_t rows, int64_t ldo) { return round_up(rows, kPanel) * (2 + ldo); }
   static State state(float* base, int64_t rows) {
     const int64_t n = round_up(rows, kPanel);
@@ -61,9 +63,9 @@ template <class S, class Kv> struct Mla {
   static State after(const State& x, int64_t row, int64_t ldo) { return {x.m + row, x.l + row, x.o + row * ldo}; }
 
   // Scratch of one thread, in floats.
-  int64_t copy_floats() const { return kLatentBlock * round_up(Block::width(D), 16); }
+  int64_t copy_floats() const { return Block::kKeys * round_up(Block::width(D), 16); }
   int64_t scratch_floats() const {
-    return round_up(copy_floats() + Block::values_floats(Dv) + Block::floats(Dv) + kRows + 2 * state_floats(kRows, ldo), 1024);
+    return round_up(copy_floats() + kRows / kPanel * Block::kProbs + Block::kWork + kRows + 2 * state_floats(kRows, ldo), 1024);
   }
 
   // `count` rows from `first` of the batch on, all of sequence b, or (shared keys) of any; q: their panels.
@@ -73,7 +75,7 @@ template <class S, class Kv> struct Mla {
   };
 
   // Lines of keys [j, j + n) of sequence b, where they lie or copied.
-  void stage(int64_t b, int64_t j, int64_t n, T* copy, Line<T>* lines, float* values) const {
+  void stage(int64_t b, int64_t j, int64_t n, T* copy, Line<T>* lines, Ahead<Kv>& next) const {
     const int64_t width = Block::width(D), end = tokens.count(b);
     for (int64_t i = 0; i * kLine < n; ++i, copy += kLine * width) {
       const int64_t at = j + i * kLine;
@@ -86,21 +88,26 @@ template <class S, class Kv> struct Mla {
         lines[i] = {copy, width};
         for (int64_t k = 0; k < kLine; ++k) {
           T* to = copy + k * width;
+          next.beat();
           const bool in = at + k < end;
           if (in) read_latent(tokens.row(b, at + k), D, to);
           memset((void*)(to + (in ? D : 0)), 0, (width - (in ? D : 0)) * sizeof(T));
         }
       }
-      Block::pack_values(lines[i], i, Dv, values);
     }
   }
 
+  // Where the next item begins, so that it is fetched at the end of this one; b < 0: nothing follows.
+  struct Place {
+    int64_t b = -1, key = 0;
+  };
+
   // Split `index` of the rows' keys.
-  void split(const Rows& x, int64_t index, float* scratch, const State& result) const {
+  void split(const Rows& x, int64_t index, float* scratch, const State& result, const Place& then) const {
     T* copy = (T*)scratch;
-    float* values = scratch + copy_floats();
-    float* work = values + Block::values_floats(Dv);
-    int32_t* limits = (int32_t*)(work + Block::floats(Dv));
+    float* probs = scratch + copy_floats();
+    float* work = probs + kRows / kPanel * Block::kProbs;
+    int32_t* limits = (int32_t*)(work + Block::kWork);
     const int64_t padded = round_up(x.count, kPanel);
     int64_t end = 0;
     for (int64_t r = 0; r < padded; ++r) {
@@ -108,18 +115,27 @@ template <class S, class Kv> struct Mla {
       limits[r] = (int32_t)seen, end = most(end, seen);
       result.m[r] = -INFINITY, result.l[r] = 0.0f;
     }
-    for (int64_t k = 0; k < end; k += kLatentBlock) {
-      const int64_t n = least(kLatentBlock, end - k);
-      Line<T> lines[kLatentLines];
-      stage(x.b, index * kLatentSplit + k, n, copy, lines, values);
+    for (int64_t k = 0; k < end; k += Block::kKeys) {
+      const int64_t n = least(Block::kKeys, end - k);
+      Line<T> lines[Block::kKeys / kLine];
+      const int64_t count = (n + kLine - 1) / kLine;
+      const Place following = k + n < end ? Place{x.b, index * kLatentSplit + k + n} : then;
+      Ahead<Kv> next;
+      if (following.b >= 0 && following.key < tokens.count(following.b))
+        next = Ahead<Kv>(tokens, following.b, following.key, least(Block::kKeys, tokens.count(following.b) - following.key), token_size());
+      next.spread(Block::beats(panels(x.count), D, Dv));
+      stage(x.b, index * kLatentSplit + k, n, copy, lines, next);
+      bool sees[kRows / kPanel];
       for (int64_t r = 0; r < x.count; r += kPanel) {
         alignas(64) int32_t here[kPanel];
         bool any = false;
         for (int64_t i = 0; i < kPanel; ++i) here[i] = limits[r + i] - (int32_t)k, any |= here[i] > 0;
-        if (!any) continue;
-        Block::run(f, lines, (n + kLine - 1) / kLine, least(kPanel, x.count - r), D, Dv, x.q + r * kp, values, here, result.m + r,
-                   result.l + r, result.o + r * ldo, ldo, k == 0, work);
+        sees[r / kPanel] = any;
+        if (any)
+          Block::probabilities(f, lines, count, least(kPanel, x.count - r), D, x.q + r * kp, here, result.m + r, result.l + r,
+                               result.o + r * ldo, ldo, k == 0, probs + r / kPanel * Block::kProbs, work, next);
       }
+      Block::values(lines, count, x.count, sees, Dv, probs, result.o, ldo, k == 0, work, next);
     }
   }
 
@@ -156,8 +172,9 @@ template <class S, class Kv> struct Mla {
       const int64_t now = least(wave, shared - done);
       parallel_for(p.threads, now * chunks, [&](int64_t item, int thread) {
         const int64_t r = item % chunks * kRows;
+        const int64_t following = done + (item + p.threads) / chunks;
         split({r, least(kRows, rows - r), 0, q + r * kp}, done + item / chunks, scratch + thread * floats,
-              state(partials + item * apart, kRows));
+              state(partials + item * apart, kRows), following < shared ? Place{0, following * kLatentSplit} : Place{});
       });
       parallel_for(p.threads, panels(rows), [&](int64_t i, int) {
         const int64_t r = i * kPanel, chunk = r / kRows;
@@ -206,19 +223,26 @@ template <class S, class Kv> struct Mla {
         float* mine = scratch + thread * floats;
         float* states = mine + floats - 2 * state_floats(kRows, ldo);
         const State part = state(states, kRows), sum = begin(state(states + state_floats(kRows, ldo), kRows), x.first, x.count);
+        const int64_t following = (item + p.threads) / chunks, own = shared * kLatentSplit;
         for (int64_t s = 0; s < splits(x.b); ++s) {
-          split(x, shared + s, mine, part);
+          split(x, shared + s, mine, part, s + 1 < splits(x.b) ? Place{x.b, own + (s + 1) * kLatentSplit} : following < B ? Place{following, own} : Place{});
           take_in(sum, part, x.count);
         }
         finish(sum, x.first, x.count);
       });
 
     Scratch<float> partials(total * chunks * apart);
-    parallel_for(p.threads, total * chunks, [&](int64_t item, int thread) {
+    const auto place = [&](int64_t item) {
       int64_t b = 0;
       while (before[b + 1] * chunks <= item) ++b;
-      const int64_t i = item - before[b] * chunks;
-      split(rows_of(b, i % chunks), shared + i / chunks, scratch + thread * floats, state(partials + item * apart, rows));
+      return Place{b, shared + (item - before[b] * chunks) / chunks};
+    };
+    parallel_for(p.threads, total * chunks, [&](int64_t item, int thread) {
+      const Place here = place(item);
+      Place then = item + p.threads < total * chunks ? place(item + p.threads) : Place{};  // threads take items in turn, about
+      then.key *= kLatentSplit;
+      split(rows_of(here.b, (item - before[here.b] * chunks) % chunks), here.key, scratch + thread * floats,
+            state(partials + item * apart, rows), then);
     });
     constexpr int64_t kSome = 4;  // rows merged at a time
     const int64_t blocks = (R + kSome - 1) / kSome;

@@ -213,8 +213,9 @@ def test_decode_from_fp8(dtype: torch.dtype) -> None:
 
 
 def mla_cases() -> list[Any]:
-    """The modules' cases have products and backward besides: a minute each."""
-    marked = [(c, [pytest.mark.slow] if "module" in c.name else []) for c in CASES if c.family == "mla" and c.small]
+    """The modules' cases have products and backward besides, others many rows: up to a minute each."""
+    heavy = ("module", "one-token", "pages-of-64", "128-heads", "40-values", "fp8-paged", "prefix")
+    marked = [(c, [pytest.mark.slow] if any(x in c.name for x in heavy) else []) for c in CASES if c.family == "mla" and c.small]
     return [pytest.param(c, dtype, id=f"{c}-{str(dtype)[6:]}", marks=marks) for c, marks in marked for dtype in DTYPES]
 
 

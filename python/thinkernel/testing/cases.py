@@ -17,6 +17,7 @@ from torch import Tensor
 
 import thinkernel as tk
 from thinkernel.nn.rope import rotate
+from thinkernel.reference.mla import quantize_latent
 from thinkernel.testing.attention import torch_attention, torch_decode
 from thinkernel.testing.inputs import Draw
 
@@ -266,24 +267,83 @@ ATTENTION_FEATURES += [
 # ---- mla -------------------------------------------------------------------------------------------------------
 
 
-def _latents(draw: Draw, *, paged: bool) -> Inputs:
-    B, H, page, max_pages = 2, 3, 4, 4
-    shape = (B * max_pages + 3, page) if paged else (B, page * max_pages)
-    inputs = dict(
-        q=draw.normal(B, 2, H, 96), kv_cache=draw.normal(*shape, 96), seqlens=torch.tensor([16, 5], dtype=torch.int32)
-    )
-    return inputs | ({"block_table": draw.pages(B, max_pages)} if paged else {})
+def mla_case(
+    name: str, *, H: int = 3, L: int = 80, R: int = 16, queries: int = 2, page: int = 0, fp8: bool = False, prefix: int = 0,
+    prefix_page: int = 0, room: int = 21, small: bool = True,
+) -> Case:
+    """Absorbed decode. page, prefix_page: 0 is contiguous; fp8: the cache is quantised, the truth is that of its values."""
+    B, D = 3, L + R
+
+    def cached(draw: Draw, *shape: int) -> Tensor:
+        if not fp8:
+            return draw.normal(*shape, D)
+        return quantize_latent(draw.normal(*shape, L, dtype=torch.float32), draw.normal(*shape, R, dtype=torch.float32))
+
+    def inputs(draw: Draw) -> Inputs:
+        pages = -(-room // page) if page else 0
+        found: Inputs = dict(
+            q=draw.normal(B, queries, H, D), kv_cache=cached(draw, *((B * pages + 3, page) if page else (B, room))),
+            seqlens=torch.tensor([room, queries, room * 2 // 3], dtype=torch.int32),
+        )
+        if page:
+            found["block_table"] = draw.pages(B, pages)
+        if prefix:
+            count = -(-prefix // prefix_page) if prefix_page else 0
+            found["prefix_kv"] = cached(draw, *((count + 3, prefix_page) if prefix_page else (prefix,)))
+            if prefix_page:
+                found["prefix_table"] = draw.pages(1, count)[0]
+        return found
+
+    def run(prefix_kv: Tensor | None = None, prefix_table: Tensor | None = None, **inputs: Any) -> Any:
+        shared = None if prefix_kv is None else (prefix_kv, prefix, *(() if prefix_table is None else (prefix_table,)))
+        return tk.mla_decode(**inputs, value_dim=L, scale=48**-0.5, prefix=shared, return_lse=True)
+
+    return Case("mla", f"mla/{name}", inputs, run, small=small)
 
 
-def _mla_decode(**inputs: Any) -> Any:
-    return tk.mla_decode(**inputs, value_dim=80, scale=48**-0.5, return_lse=True)
+def _appended(draw: Draw, *, fp8: bool, page: int = 0) -> Inputs:
+    """Three new tokens of each sequence, written and read back."""
+    B, L, R, room = (2, 512, 64, 20) if fp8 else (2, 80, 16, 20)
+    shape = (B * room // page + 3, page) if page else (B, room)
+    kv = torch.zeros(*shape, 656, dtype=torch.uint8) if fp8 else draw.normal(*shape, L + R)
+    inputs = dict(kv_cache=kv, latent=draw.normal(B, 3, L), rope=draw.normal(B, 3, R), seqlens=torch.tensor([20, 6], dtype=torch.int32))
+    return inputs | ({"block_table": draw.pages(B, room // page)} if page else {})
+
+
+def _append_and_gather(
+    kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None = None
+) -> Tensor:
+    kv_cache = kv_cache.clone()
+    tk.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
+    return tk.gather_latent(kv_cache, seqlens=seqlens, block_table=block_table)
+
+
+def _gathered(draw: Draw, *, fp8: bool = False) -> Inputs:
+    kv = draw.normal(11, 4, 96)
+    if fp8:
+        kv = quantize_latent(draw.normal(11, 4, 512, dtype=torch.float32), draw.normal(11, 4, 64, dtype=torch.float32))
+    return dict(kv_cache=kv, seqlens=torch.tensor([16, 5], dtype=torch.int32), block_table=draw.pages(2, 4))
 
 
 MLA = [
-    Case("mla", "mla/decode", lambda draw: _latents(draw, paged=False), _mla_decode),
-    Case("mla", "mla/decode-paged", lambda draw: _latents(draw, paged=True), _mla_decode),
-    Case("mla", "mla/gather", lambda draw: {k: v for k, v in _latents(draw, paged=True).items() if k != "q"},
-         lambda **x: tk.gather_latent(**x)),
+    mla_case("decode"),
+    mla_case("decode-paged", page=4),
+    mla_case("decode-one-token", H=16, L=512, R=64, queries=1),
+    mla_case("decode-pages-of-64", H=16, L=512, R=64, queries=1, page=64, room=150),
+    mla_case("decode-40-values", H=5, L=32, R=8, queries=8, page=3),
+    mla_case("decode-128-heads", H=128, L=64, R=16, queries=1, page=16),
+    mla_case("decode-fp8", L=512, R=64, fp8=True),
+    mla_case("decode-fp8-paged", H=16, L=512, R=64, queries=1, page=16, fp8=True),
+    mla_case("decode-prefix", prefix=40),
+    mla_case("decode-prefix-paged", page=4, prefix=37, prefix_page=5),
+    mla_case("decode-prefix-fp8", L=512, R=64, page=4, prefix=37, prefix_page=5, fp8=True),
+    mla_case("decode-long", H=16, L=512, R=64, queries=1, room=3000, page=64, prefix=1100, small=False),
+    Case("mla", "mla/gather", _gathered, lambda **x: tk.gather_latent(**x)),
+    Case("mla", "mla/gather-fp8", lambda draw: _gathered(draw, fp8=True), lambda **x: tk.gather_latent(**x)),
+    Case("mla", "mla/append", lambda draw: _appended(draw, fp8=False), _append_and_gather),
+    Case("mla", "mla/append-paged", lambda draw: _appended(draw, fp8=False, page=4), _append_and_gather),
+    Case("mla", "mla/append-fp8", lambda draw: _appended(draw, fp8=True), _append_and_gather),
+    Case("mla", "mla/append-fp8-paged", lambda draw: _appended(draw, fp8=True, page=4), _append_and_gather),
 ]
 
 # ---- sparse ----------------------------------------------------------------------------------------------------
