@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import configs
 from .attention_tiles import attend, blocks, finish, has_options, key_blocks, mask_arguments, merge
-from .primitives import is_wide, launch
+from .primitives import again, is_wide, launch
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
                    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PREFIX_PAGE: tl.constexpr,
                    SHARED: tl.constexpr, TAIL: tl.constexpr, SINGLE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                   CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WIDE: tl.constexpr):
+                   CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WIDE: tl.constexpr,
+                   LATENT: tl.constexpr, FP8: tl.constexpr):
     """One program: one of the splits [first_split, first_split + n_here) of one key head, M (query, head of the group) rows.
 
     SHARED: a split of the prefix, with the rows of the whole batch. Otherwise a split of one sequence's own keys, which with
@@ -116,24 +117,53 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, total_ptr, p
         acc, total, peak = attend(
             acc, total, peak, q, q_rest, p, tl.maximum(first, split * per_split), tl.minimum(last, (split + 1) * per_split),
             whole_first, whole_last, 0, end, cache, prefix, before, scale, softcap, left, right, chunk,
-            N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, TAIL, PREFIX_PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE)
+            N, D, DV, BLOCK_D, REST_D, BLOCK_DV, 0, PAGE, TAIL, PREFIX_PAGE, LEFT, RIGHT, CHUNK, SOFTCAP, WIDE, False, LATENT, FP8)
 
         # Write the result, or the split.
         value = tl.arange(0, BLOCK_DV)
-        inside = live[:, None] & (value < DV)[None, :]
-        if SINGLE:
-            sink = tl.zeros([M], tl.float32)
-            if SINKS:
-                sink = tl.load(sinks_ptr + h, mask=live, other=0.0).to(tl.float32)
-            out, lse = finish(acc, total, peak, sink, SINKS, q.dtype == tl.float32)
-            o_at = out_ptr + b * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
-            tl.store(o_at[:, None] + value[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(lse_ptr + b * stride_lb + s.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=live)
+        if LATENT:
+            # Rows of contiguous results. Beside an accumulator of [64, 512] Hopper has no register left for their places, so these are
+            # worked out again; which of the two ways is shorter is what compiles without spills.
+            size = rows
+            start = again(r0)
+            sequence = b
+            if FP8 and (PAGE > 0 or not (TAIL or SHARED)):
+                size = again(SQ) * G
+                if SHARED:
+                    size *= B
+                place, blocks = again(pid), tl.cdiv(size, M)
+                start = (place % blocks) * M
+                split = first_split + (place // blocks) % n_here
+                sequence = (place // (blocks * n_here)).to(tl.int64)
+            at = start.to(tl.int64)
+            if not SHARED:
+                at += sequence * size
+            i = tl.arange(0, M)
+            inside = (start + i < size)[:, None] & (value < DV)[None, :]
+            if SINGLE:
+                out, lse = finish(acc, total, peak, tl.zeros([M], tl.float32), False, q.dtype == tl.float32)
+                tl.store(out_ptr + at * DV + (i[:, None] * DV + value[None, :]), out.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(lse_ptr + at + i, lse, mask=start + i < size)
+            else:
+                at = at * n_splits + split
+                tl.store(part_ptr + at * DV + ((i * n_splits)[:, None] * DV + value[None, :]), acc, mask=inside)
+                tl.store(total_ptr + at + i * n_splits, total, mask=start + i < size)
+                tl.store(peak_ptr + at + i * n_splits, peak, mask=start + i < size)
         else:
-            slot = ((b * SQ + s) * (HKV * G) + h) * n_splits + split  # [M], rows in the order (b, s, h)
-            tl.store(part_ptr + slot[:, None] * DV + value[None, :], acc, mask=inside)
-            tl.store(total_ptr + slot, total, mask=live)
-            tl.store(peak_ptr + slot, peak, mask=live)
+            inside = live[:, None] & (value < DV)[None, :]
+            if SINGLE:
+                sink = tl.zeros([M], tl.float32)
+                if SINKS:
+                    sink = tl.load(sinks_ptr + h, mask=live, other=0.0).to(tl.float32)
+                out, lse = finish(acc, total, peak, sink, SINKS, q.dtype == tl.float32)
+                o_at = out_ptr + b * stride_ob + s.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
+                tl.store(o_at[:, None] + value[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(lse_ptr + b * stride_lb + s.to(tl.int64) * stride_ls + h * stride_lh, lse, mask=live)
+            else:
+                slot = ((b * SQ + s) * (HKV * G) + h) * n_splits + split  # [M], rows in the order (b, s, h)
+                tl.store(part_ptr + slot[:, None] * DV + value[None, :], acc, mask=inside)
+                tl.store(total_ptr + slot, total, mask=live)
+                tl.store(peak_ptr + slot, peak, mask=live)
 
 
 @triton.jit(do_not_specialize=["SQ", "capacity", "prefix_length", "n_splits"])
@@ -178,16 +208,29 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, l
     and nothing here waits for the GPU: the grid covers the cache's capacity and programs past a sequence's end leave.
     prefix: (k [L,Hkv,D], v [L,Hkv,Dv], length, None), or pages and their table [max_pages]; seqlens does not count it.
     """
+    if out.numel() == 0:
+        return
+    (block_d, rest_d), block_dv = blocks(q.shape[-1]), max(16, triton.next_power_of_2(v_cache.shape[-1]))
+    options = has_options(None, window, chunk, softcap, sinks)
+    tile = configs.tile("decode", q.device, q.dtype, block_d + rest_d, block_dv, options)
+    decode(q, k_cache, v_cache, out, lse, tile, (block_d, rest_d, block_dv), seqlens=seqlens, block_table=block_table, causal=causal,
+           scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks, prefix=prefix)
+
+
+def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, tile: configs.Tile, widths: tuple[int, int, int], *,
+           seqlens: Tensor, block_table: Tensor | None, scale: float, causal: bool = True, window: tuple[int, int] | None = None,
+           chunk: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, prefix: Prefix | None = None,
+           latent: bool = False) -> None:
+    """The launches of a decode, for this family and for mla: shared splits, own splits, merge.
+
+    widths: padded columns of a key's two blocks and of a value. latent: the values are the first columns of the keys of one head,
+    the caches may hold FP8 (uint8 [..., 656]), out and lse are contiguous.
+    """
     B, Sq, H, D = q.shape
     page = 0 if block_table is None else k_cache.shape[1]
     capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
-    Hkv, Dv = v_cache.shape[2:]
-    if B * Sq * H == 0:
-        return
-    scale = D**-0.5 if scale is None else scale
-    (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    options = has_options(None, window, chunk, softcap, sinks)
-    tile = configs.tile("decode", q.device, q.dtype, block_d + rest_d, block_dv, options)
+    Hkv, Dv = k_cache.shape[2], out.shape[-1]
+    block_d, rest_d, block_dv = widths
     bounds, flags = mask_arguments(causal, window, chunk)
     split = configs.key_split()
     pk, pv, length, prefix_table = (k_cache, v_cache, 0, None) if prefix is None else prefix
@@ -211,7 +254,8 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, l
             *pk.stride()[:3], *pv.stride()[:3], float(scale), float(softcap or 0.0), *bounds,
             D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, N=tile.n, SPLIT=split, PAGE=page,
             PREFIX_PAGE=prefix_page, SINGLE=single, **constants, **flags, SOFTCAP=bool(softcap), SINKS=sinks is not None,
-            WIDE=any(is_wide(x.stride(1), tile.n) for x in (k, v)), warps=tile.warps, stages=tile.stages, device=q.device)
+            WIDE=any(is_wide(x.stride(1), tile.n) for x in (k, v)), LATENT=latent,
+            FP8=k.dtype == torch.uint8, warps=tile.warps, stages=tile.stages, device=q.device)
 
     if shared > 0:
         attend_splits(B * Sq * (H // Hkv), 0, shared, pk, pv, prefix_table, prefix_page, SHARED=True, TAIL=False)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import dot, load_tile, tanh
+from .primitives import convert, dot, load_tile, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -129,6 +129,27 @@ def load_rows(at, there, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def e4m3_to_float(byte):
+    """float8 e4m3 (no infinities, 0x7f is NaN) as float32, exactly, by its bits: sm_80 has no such type."""
+    bits = byte.to(tl.int32)
+    small = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    # Multiplying by 2^120 moves the exponent's bias from 127 to 7.
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), small * 1.329227995784916e36)
+
+
+@triton.jit
+def load_fp8_rows(at, there, DTYPE: tl.constexpr):
+    """Tokens of an FP8 latent cache (656 bytes: 512 e4m3, 4 float32 scales, 64 bfloat16) -> latents [N, 512], rotary keys [N, 64]."""
+    byte = tl.load(at[:, None] + tl.arange(0, 512)[None, :], mask=there[:, None], other=0)
+    scale_at = (at + 512).to(tl.pointer_type(tl.float32))
+    scale = tl.load(scale_at[:, None] + tl.arange(0, 4)[None, :], mask=there[:, None], other=0.0)
+    groups = tl.reshape(e4m3_to_float(byte), (byte.shape[0], 4, 128)) * scale[:, :, None]
+    rope_at = (at + 528).to(tl.pointer_type(tl.bfloat16))
+    rope = tl.load(rope_at[:, None] + tl.arange(0, 64)[None, :], mask=there[:, None], other=0.0)
+    return convert(tl.reshape(groups, (byte.shape[0], 512)), DTYPE), convert(rope, DTYPE)
+
+
+@triton.jit
 def power(exponent, EXACT: tl.constexpr):
     """e^x (EXACT) or 2^x. Float32 keeps scores in natural units: multiplied by log2 e they are rounded once more, before
     differences are taken, and lse and gradients then err by 2e-7 of the score; float16 and bfloat16 do not see it."""
@@ -155,19 +176,21 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
            PER_SPLIT: tl.constexpr, PAGE: tl.constexpr, TAIL: tl.constexpr, PREFIX_PAGE: tl.constexpr,
            LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-           DESCRIPTORS: tl.constexpr = False):
+           DESCRIPTORS: tl.constexpr = False, LATENT: tl.constexpr = False, FP8: tl.constexpr = False):
     """Online softmax over canonical key blocks [block_first, block_last): acc [M, Dv], total [M], peak [M]; peak in
     natural units for float32 (EXACT), in units of log 2 otherwise.
 
     Key j lies at row j − prefix_length of `cache` (see cache_rows). With TAIL the blocks reach back into the keys before that,
     which are rows j of `prefix`. DESCRIPTORS: the tiles come through tensor descriptors (on Hopper by TMA).
+    LATENT: a key's first DV columns are its value, so the key tile of BLOCK_D = BLOCK_DV columns serves twice and the value addresses
+    are not used; FP8: in the 656-byte layout.
     Blocks in [whole_first, whole_last) skip the mask. One loop with a branch, not a masked and an unmasked loop: two loops
     spill registers at the tile sizes that matter, and here both kinds of block run the very same operations, so which kind
     a block is never shows in a row's bits (nor does the fused multiply-add, written out for that reason).
     """
     k_base, v_base, stride_k, stride_v = cache[0], cache[1], cache[2], cache[3]
     EXACT: tl.constexpr = q.dtype == tl.float32
-    GATHERED: tl.constexpr = TAIL or PAGE > 0
+    GATHERED: tl.constexpr = TAIL or PAGE > 0 or FP8
     factor = scale
     if SOFTCAP:
         factor = 1.0
@@ -198,14 +221,19 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
                 k_at = tl.where(j < prefix_length, k_tail, k_at)
                 v_at = tl.where(j < prefix_length, v_tail, v_at)
                 there = tl.where(j < prefix_length, there_tail, there)
-            k = load_rows(k_at, there, 0, BLOCK_D, D)
+            if FP8:
+                k, k_rest = load_fp8_rows(k_at, there, q.dtype)
+            else:
+                k = load_rows(k_at, there, 0, BLOCK_D, D)
         elif DESCRIPTORS:
             k = k_tiles.load([start, 0])
         else:
             k = load_tile(k_base + at * stride_k, stride_k, key_end - start, N, 0, BLOCK_D, D, WIDE)  # [N, D]
         s = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # [M, N]
         if REST_D > 0:
-            if GATHERED:
+            if FP8:
+                pass  # came with k
+            elif GATHERED:
                 k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
             elif DESCRIPTORS:
                 k_rest = k_rest_tiles.load([start, BLOCK_D])
@@ -222,7 +250,9 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
         decay = power(peak - base, EXACT)
         total = total * decay + tl.sum(weights, 1)
-        if GATHERED:
+        if LATENT:
+            v = k
+        elif GATHERED:
             v = load_rows(v_at, there, 0, BLOCK_DV, DV)
         elif DESCRIPTORS:
             v = v_tiles.load([start, 0])

@@ -189,6 +189,22 @@ LOGITS = {"half": Rows(2048, 2048, 16384, 8, 3), "float": Rows(2048, 2048, 16384
 # compiles without spills, and its numbers are checked by the interpreter, but its speed has not been measured on a GPU.
 DESCRIPTORS = {"sm_80": False, "sm_90": False, "sm_100": False}
 
+# mla's decode: the padded value dim (512 for DeepSeek's latents) beside the kind of cache, "fp8" where it is dequantised. m rows hold
+# (query, head) pairs of one sequence; the key block `n` is read once, as keys and as values. An accumulator of [64, 512] takes half
+# of a Hopper program's registers: 64 keys spill, and so does prefetching FP8 (values pass through registers on their way).
+MLA_DECODE = {
+    ("sm_80", "half"): {256: Tile(32, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
+    ("sm_90", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+    ("sm_90", "half, prefix"): {512: Tile(64, 32, 8, 3)},  # m, n and warps as without a prefix: the same bits
+    ("sm_100", "half"): {256: Tile(64, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+    ("sm_80", "fp8"): {512: Tile(16, 32, 8, 2)},
+    ("sm_90", "fp8"): {512: Tile(64, 32, 8, 1)},
+    ("sm_100", "fp8"): {512: Tile(64, 32, 8, 1)},
+    ("sm_80", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+    ("sm_90", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+    ("sm_100", "float"): {256: Tile(16, 16, 8, 1), 512: Tile(16, 16, 8, 1)},
+}
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
@@ -235,6 +251,16 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, p
     for table, applies in ((OPTIONS, options), (PACKED, packed)):
         found = table[kernel].get(key, {}).get(w, found) if applies else found
     return found
+
+
+def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool, prefix: bool) -> Tile:
+    """The tile of mla_decode for queries of `dtype` and a padded value dim of at most 512."""
+    if INTERPRET:
+        return _INTERPRETER_TILE
+    arch, wanted = architecture(device), "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
+    width = 256 if padded_dv <= 256 else 512
+    found = MLA_DECODE[arch, wanted][width]
+    return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
 
 
 def descriptors(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ def dot(a, b, accumulator):
     if _INTERPRET:  # its bfloat16 product multiplies the raw 16-bit words
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if a.dtype == tl.float32 and a.shape[1] > 128 and not _INTERPRET:
+    if a.dtype == tl.float32 and a.shape[1] > 128:
         # Without tensor cores each thread holds its operands' whole depth in registers: 256 deep they spill.
         PARTS: tl.constexpr = a.shape[1] // 64
         a_parts = tl.permute(tl.reshape(a, (a.shape[0], PARTS, 64)), (1, 0, 2))
@@ -57,6 +57,25 @@ def store_tile(pointer, tile, stride, rows_left, ROWS: tl.constexpr, FIRST: tl.c
     column = FIRST + tl.arange(0, COLUMNS)
     at = pointer + row[:, None] * stride + column[None, :]
     tl.store(at, tile.to(pointer.dtype.element_ty), mask=(row < rows_left)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """x as DTYPE, to nearest even; the interpreter's own conversion to bfloat16 cuts the low bits off."""
+    if _INTERPRET and DTYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536, bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def again(x):
+    """The int32 x, of which the compiler does not know that it is x: what is derived from it is computed here, and not kept in registers
+    across the loop before."""
+    if not _INTERPRET:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    return x
 
 
 @triton.jit

@@ -582,6 +582,7 @@ def test_bad_calls_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             module(**({"x": x} | arguments))
-    latent = nn.MultiHeadLatentAttention(HIDDEN, 3, kv_latent=24, q_latent=20, nope_dim=12, rope_dim=8, value_dim=10)
+    sizes = dict(kv_latent=24, q_latent=20, nope_dim=12, rope_dim=8, value_dim=10)
+    latent = nn.SparseLatentAttention(HIDDEN, 3, top_k=4, indexer_heads=2, indexer_dim=12, **sizes)
     with pytest.raises(ValueError, match="^step: got a block_table"):
         latent(x, rope, cache=latent.new_cache(2, 8, dtype=x.dtype, device="cpu"), step=pages)

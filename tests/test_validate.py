@@ -10,7 +10,7 @@ from thinkernel.testing.cases import CASES
 from thinkernel.testing.validate import evaluate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CPU_KERNELS = ("attention", "linear")
+CPU_KERNELS = ("attention", "linear", "mla")
 CPU_CASES = [c for c in CASES if c.family in CPU_KERNELS or "logprob" in c.name]
 # policy_loss and group_advantages compute in float32 whatever the dtype: one suffices, and the reference on the small ones
 TOKEN_CASES = [c for c in CASES if "policy-loss" in c.name or "advantages" in c.name]

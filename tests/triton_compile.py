@@ -26,6 +26,7 @@ from thinkernel.kernels import (
     grpo_logits,
     grpo_policy,
     linear,
+    mla,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -96,7 +97,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear):
+        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -130,6 +131,35 @@ def attention_decode_call(dtype: torch.dtype, D: int, Dv: int, paged: bool = Fal
         shared_k, shared_v = torch.empty(*shape, D, dtype=dtype), torch.empty(*shape, Dv, dtype=dtype)
         options["prefix"] = (shared_k, shared_v, prefix, torch.zeros(64, dtype=torch.int32) if paged else None)
     return lambda: attention.attention_decode(q, k, v, out, lse, seqlens=seqlens, block_table=table, **options)
+
+
+def mla_decode_call(dtype: torch.dtype, L: int = 512, R: int = 64, *, H: int = 16, Sq: int = 1, paged: bool = False, prefix: int = 0,
+                    fp8: bool = False, T: int = 2048) -> Callable[[], None]:
+    q, out, lse = torch.empty(2, Sq, H, L + R, dtype=dtype), torch.empty(2, Sq, H, L, dtype=dtype), torch.empty(2, Sq, H)
+    width, kind = (656, torch.uint8) if fp8 else (L + R, dtype)
+    cache = torch.empty(*((64, 64) if paged else (2, T)), width, dtype=kind)
+    table = torch.zeros(2, 32, dtype=torch.int32) if paged else None
+    shared = None
+    if prefix:
+        pages = torch.zeros(64, dtype=torch.int32) if paged else None
+        shared = (torch.empty(*((64, 64) if paged else (prefix,)), width, dtype=kind), prefix, pages)
+    seqlens = torch.tensor([5, 9], dtype=torch.int32)
+    return lambda: mla.mla_decode(q, cache, out, lse, seqlens=seqlens, block_table=table, scale=192**-0.5, prefix=shared)
+
+
+def latent_cache_calls(dtype: torch.dtype, fp8: bool, paged: bool) -> Callable[[], None]:
+    """append_latent, then gather_latent."""
+    width, kind = (656, torch.uint8) if fp8 else (576, dtype)
+    cache = torch.empty(*((64, 64) if paged else (2, 2048)), width, dtype=kind)
+    latent, rope = torch.empty(2, 4, 512, dtype=dtype), torch.empty(2, 4, 64, dtype=dtype)
+    table, seqlens = torch.zeros(2, 32, dtype=torch.int32) if paged else None, torch.tensor([5, 9], dtype=torch.int32)
+    out = torch.empty(2, 2048, 576, dtype=torch.bfloat16 if fp8 else dtype)
+
+    def call() -> None:
+        mla.append_latent(cache, latent, rope, seqlens=seqlens, block_table=table)
+        mla.gather_latent(cache, out, seqlens=seqlens, block_table=table)
+
+    return call
 
 
 def logprob_forward_call(dtype: torch.dtype, **options) -> Callable[[], None]:

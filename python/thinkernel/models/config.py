@@ -67,6 +67,7 @@ class ModelConfig:
     expert_bias: bool = False
     n_group: int = 1
     topk_group: int = 1
+    group_score: str = "top2"
     renormalize: bool = True
     routed_scaling: float = 1.0
 

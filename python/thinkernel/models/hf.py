@@ -1,5 +1,5 @@
-"""Weights in and out: our safetensors files, and Hugging Face's weights of llama, mistral, qwen2, qwen3, deepseek_v3 and
-deepseek_v32.
+"""Weights in and out: our safetensors files, and Hugging Face's weights of llama, mistral, qwen2, qwen3, deepseek_v2,
+deepseek_v3, deepseek_v32 and glm4_moe_lite.
 
 Every Hugging Face tensor has one of ours under another name with the same layout, except that checkpoints on disk store
 each expert apart: experts.{e}.gate_proj, up_proj [I, hidden] and down_proj [hidden, I]; we hold w_gate_up
@@ -24,7 +24,7 @@ from thinkernel.nn.rope_scaling import scaling_from_hf
 
 FORMAT = "thinkernel-1"
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-DEEPSEEK = ("deepseek_v3", "deepseek_v32")
+DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")
 
 # Ours, theirs; the first that matches a name decides. {} is the layer's number.
 RENAMES = (
@@ -117,13 +117,30 @@ def config_from_hf(config) -> ModelConfig:
             indexer_dim=values["index_head_dim"],
         )
     layers = values["num_hidden_layers"]
-    first_dense = values.get("first_k_dense_replace", 0)
+    first_dense = values.get("first_k_dense_replace", 1 if kind == "glm4_moe_lite" else 0)
     expected = ["dense"] * min(first_dense, layers) + ["sparse"] * max(layers - first_dense, 0)
     if values.get("mlp_layer_types") not in (None, expected):
         raise ValueError(f"config: got mlp_layer_types {values['mlp_layer_types']}, takes {expected}")
+    routing = dict(
+        score="sigmoid",
+        expert_bias=True,
+        n_group=values["n_group"],
+        topk_group=values["topk_group"],
+        renormalize=values["norm_topk_prob"],
+    )
+    if kind == "deepseek_v2":
+        for name in ("mlp_bias", "norm_topk_prob"):
+            if values.get(name):
+                raise ValueError(f"config: got {name} = True, takes False")
+        routing = dict(score="softmax", group_score="max", renormalize=False)
+        if values["topk_method"] == "group_limited_greedy":
+            routing |= dict(n_group=values["n_group"], topk_group=values["topk_group"])
+        elif values["topk_method"] != "greedy":
+            raise ValueError(f"config: got topk_method {values['topk_method']!r}, takes 'greedy' or 'group_limited_greedy'")
     return ModelConfig(
         **common,
         **({"attention": "mla"} | sparse),
+        **routing,
         rope_interleaved=values.get("rope_interleave", True),
         kv_latent=values["kv_lora_rank"],
         q_latent=values["q_lora_rank"],
@@ -135,11 +152,6 @@ def config_from_hf(config) -> ModelConfig:
         expert_dim=values["moe_intermediate_size"],
         shared_experts=values["n_shared_experts"],
         first_dense=first_dense,
-        score="sigmoid",
-        expert_bias=True,
-        n_group=values["n_group"],
-        topk_group=values["topk_group"],
-        renormalize=values["norm_topk_prob"],
         routed_scaling=values["routed_scaling_factor"],
     )
 

@@ -108,6 +108,76 @@ PRESETS: dict[str, ModelConfig] = {
         max_positions=163840,
     ),
 }
+PRESETS["deepseek_v3_mini"] = dataclasses.replace(PRESETS["deepseek_v32_mini"], attention="mla")
+PRESETS["deepseek_v2"] = dataclasses.replace(
+    PRESETS["deepseek_v3"],
+    vocab_size=102400,
+    layers=60,
+    hidden=5120,
+    ff_dim=12288,
+    rope_scaling=Yarn(factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707),
+    experts=160,
+    experts_per_token=6,
+    expert_dim=1536,
+    shared_experts=2,
+    first_dense=1,
+    score="softmax",
+    expert_bias=False,
+    topk_group=3,
+    group_score="max",
+    renormalize=False,
+    routed_scaling=16.0,
+)
+PRESETS["deepseek_v2_lite"] = dataclasses.replace(
+    PRESETS["deepseek_v2"],
+    layers=27,
+    hidden=2048,
+    heads=16,
+    ff_dim=10944,
+    q_latent=None,
+    experts=64,
+    expert_dim=1408,
+    n_group=1,
+    topk_group=1,
+    routed_scaling=1.0,
+)
+PRESETS["kimi_k2"] = dataclasses.replace(
+    PRESETS["deepseek_v3"],
+    vocab_size=163840,
+    heads=64,
+    rope_theta=50000.0,
+    rope_scaling=Yarn(
+        factor=32.0, original_max_positions=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
+    ),
+    experts=384,
+    first_dense=1,
+    n_group=1,
+    topk_group=1,
+    routed_scaling=2.827,
+    max_positions=131072,
+)
+PRESETS["glm_4_7_flash"] = dataclasses.replace(  # MLA with GLM-5's head dims
+    PRESETS["deepseek_v3"],
+    vocab_size=154880,
+    layers=47,
+    hidden=2048,
+    heads=20,
+    ff_dim=10240,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    rope_scaling=None,
+    q_latent=768,
+    nope_dim=192,
+    value_dim=256,
+    experts=64,
+    experts_per_token=4,
+    expert_dim=1536,
+    first_dense=1,
+    n_group=1,
+    topk_group=1,
+    routed_scaling=1.8,
+    max_positions=202752,
+)
 PRESETS["deepseek_v32"] = dataclasses.replace(
     PRESETS["deepseek_v3"], attention="dsa", top_k=2048, indexer_heads=64, indexer_dim=128
 )

@@ -102,6 +102,7 @@ def build_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
         expert_bias=config.expert_bias,
         n_group=config.n_group,
         topk_group=config.topk_group,
+        group_score=config.group_score,
         renormalize=config.renormalize,
         scaling=config.routed_scaling,
     )

@@ -1,8 +1,8 @@
 """What the attention modules and a decoder agree on about a cache of past tokens.
 
 Shapes: B batch, S new tokens, T_max capacity. A cache is a plain preallocated tensor [B, T_max, ...]; row b holds its
-tokens at 0 … seqlens[b]−1, whatever its neighbours hold, and what lies behind is never read. Grouped-query attention
-also takes pages [P, page, ...], of which block_table [B, max_pages] says which are whose.
+tokens at 0 … seqlens[b]−1, whatever its neighbours hold, and what lies behind is never read. Grouped-query and
+multi-head latent attention also take pages [P, page, ...], of which block_table [B, max_pages] says which are whose.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_step(cache: tuple[Tensor, ...] | None, step: CacheStep | None) -> None
 def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
     """Write new [B, S, ...] to each row's last S positions of cache [B, T_max, ...], in place and without gradient."""
     if step.block_table is not None:
-        raise ValueError("step: got a block_table, which grouped-query attention alone takes; pass a plain cache")
+        raise ValueError("step: got a block_table, which sparse attention does not take; pass a plain cache")
     size, new = new.shape[1], new.detach()
     if step.fresh:
         cache[:, :size] = new

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thinkernel.ops.linear import linear
+from thinkernel.ops import checks
+from thinkernel.ops.linear import linear, linear_forward
 
 
 class Linear(nn.Linear):
@@ -24,6 +25,11 @@ class Linear(nn.Linear):
 def linear_per_head(x: Tensor, weight: Tensor) -> Tensor:
     """One projection per head: out[..., h, :] = x[..., h, :]·weight[h]ᵀ.
 
-    A loop over heads instead of one batched matmul, because torch's is not batch-invariant."""
-    heads = [linear(x[..., h, :], weight[h]) for h in range(weight.shape[0])]  # each [..., O]
-    return torch.stack(heads, dim=-2)  # [..., H, O]
+    A loop over heads instead of one batched matmul, because torch's is not batch-invariant. tk.linear's checks of a call
+    take as long as a small product: here they are made once, for the first head."""
+    heads = weight.shape[0]
+    checks.size("x", x, -2, heads, "the weight's heads")
+    first = linear(x[..., 0, :], weight[0])  # [..., O]
+    rows = x.reshape(-1, heads, x.shape[-1]).unbind(1)  # H of [N, I]
+    others = [linear_forward(rows[h], weight[h], None).view(first.shape) for h in range(1, heads)]
+    return torch.stack([first, *others], dim=-2)  # [..., H, O]

@@ -41,9 +41,10 @@ class MoELosses(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """y = Σ_k w_k · Expert_{e_k}(x) + shared(x), experts and weights chosen by `tk.route`.
 
-    score, n_group, topk_group, renormalize and scaling are those of `tk.route`: score="sigmoid" with expert_bias is
-    DeepSeek-V3, score="softmax" is Mixtral and Qwen3. The bias selects and never weighs; it has no gradient, and
-    `update_bias` moves it by the counts of a step (loss-free balancing, arXiv:2408.15664).
+    score, n_group, topk_group, group_score, renormalize and scaling are those of `tk.route`: score="sigmoid" with
+    expert_bias is DeepSeek-V3, score="softmax" is Mixtral and Qwen3, and with group_score="max" DeepSeek-V2. The bias
+    selects and never weighs; it has no gradient, and `update_bias` moves it by the counts of a step (loss-free balancing,
+    arXiv:2408.15664).
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MixtureOfExperts(nn.Module):
         expert_bias: bool = False,
         n_group: int = 1,
         topk_group: int = 1,
+        group_score: str = "top2",
         renormalize: bool = True,
         scaling: float = 1.0,
     ) -> None:
@@ -69,7 +71,8 @@ class MixtureOfExperts(nn.Module):
         if score not in SCORES:
             raise ValueError(f"score: got {score!r}, takes one of {', '.join(SCORES)}")
         self.experts, self.top_k, self.score = experts, top_k, score
-        self.n_group, self.topk_group, self.renormalize, self.scaling = n_group, topk_group, renormalize, scaling
+        self.n_group, self.topk_group, self.group_score = n_group, topk_group, group_score
+        self.renormalize, self.scaling = renormalize, scaling
         self.router = nn.Parameter(torch.empty(experts, hidden))
         self.w_gate_up = nn.Parameter(torch.empty(experts, 2 * expert_dim, hidden))
         self.w_down = nn.Parameter(torch.empty(experts, hidden, expert_dim))
@@ -100,6 +103,7 @@ class MixtureOfExperts(nn.Module):
             bias=self.expert_bias,
             n_group=self.n_group,
             topk_group=self.topk_group,
+            group_score=self.group_score,
             renormalize=self.renormalize,
             scaling=self.scaling,
         )

@@ -77,6 +77,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> tuple:
         """Latents [B, T_max, C + R] and the indexer's keys [B, T_max, Di]."""
+        if dtype == torch.uint8:
+            raise ValueError("dtype: got uint8, takes a floating dtype (sparse attention has no FP8 cache in a module yet)")
         index_keys = torch.zeros(batch, capacity, self.indexer.dim, dtype=dtype, device=device)
         return (*super().new_cache(batch, capacity, dtype=dtype, device=device), index_keys)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks, mla_cpu
+from thinkernel.ops import checks, mla_cpu, mla_gpu
 from thinkernel.ops.library import Op, reference_op
 from thinkernel.reference import mla as reference
 
@@ -64,12 +64,14 @@ def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, blo
     reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
 
 
-for _backend in ("reference", "triton"):
-    append_latent_op.kernel(_backend)(_append)
+append_latent_op.kernel("reference")(_append)
 
 mla_decode_op.kernel("cpu", mla_cpu.decode_covers)(mla_cpu.decode)
 append_latent_op.kernel("cpu", mla_cpu.append_covers)(mla_cpu.append)
 gather_latent_op.kernel("cpu", mla_cpu.gather_covers)(mla_cpu.gather)
+mla_decode_op.kernel("triton", mla_gpu.decode_covers)(mla_gpu.decode)
+append_latent_op.kernel("triton", mla_gpu.append_covers)(mla_gpu.append)
+gather_latent_op.kernel("triton", mla_gpu.gather_covers)(mla_gpu.gather)
 
 
 @mla_decode_op.check

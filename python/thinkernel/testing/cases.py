@@ -6,6 +6,7 @@ the float64 reference; its baseline is torch's own op in the same dtype where to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import thinkernel as tk
+from thinkernel.nn.rope import rotate
 from thinkernel.reference.mla import quantize_latent
 from thinkernel.testing.attention import torch_attention, torch_decode
 from thinkernel.testing.inputs import Draw
@@ -435,6 +437,61 @@ MOE = [
     Case("moe", "moe/z-loss", lambda draw: dict(logits=draw.normal(31, 16)), lambda **x: tk.router_z_loss(**x), ("logits",)),
 ]
 
+# ---- modules ---------------------------------------------------------------------------------------------------
+
+
+def torch_mla(module: tk.nn.MultiHeadLatentAttention, weights: Inputs, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """MultiHeadLatentAttention without a cache as a plain torch model computes it: F.linear, F.rms_norm, attention over full heads."""
+
+    def project(name: str, inner: Tensor) -> Tensor:
+        return F.linear(inner, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def normed(name: str, inner: Tensor) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.rms_norm(inner, weight.shape, weight, eps=1e-6)
+
+    heads, N, R, C = module.heads, module.nope_dim, module.rope_dim, module.kv_latent
+    q = project("q_proj", x) if module.q_latent is None else project("q_b_proj", normed("q_a_norm", project("q_a_proj", x)))
+    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split((N, R), -1)  # [B, S, H, ·]
+    latent, k_rope = project("kv_a_proj", x).split((C, R), -1)
+    k_nope, v = project("kv_b_proj", normed("kv_a_norm", latent)).unflatten(-1, (heads, -1)).split((N, module.value_dim), -1)
+    turn = functools.partial(rotate, rope=rope, interleaved=module.rope_interleaved)
+    k_rope = turn(k_rope.unsqueeze(-2)).expand(*k_nope.shape[:-1], R)
+    q, k = torch.cat((q_nope, turn(q_rope)), -1), torch.cat((k_nope, k_rope), -1)
+    out, _ = torch_attention(q, k, v, causal=True, scale=module.scale, sdpa=False)
+    return project("o_proj", out.flatten(-2))
+
+
+def mla_module_case(name: str, *, mode: str = "auto", **sizes: Any) -> Case:
+    """The module's output and the gradients of its input and of every weight; mode "absorbed" has no gradient."""
+    B, S, hidden, heads = 2, 21, 40, 3
+    options = {**dict(kv_latent=24, q_latent=20, nope_dim=12, rope_dim=8, value_dim=10), **sizes}
+    module = tk.nn.MultiHeadLatentAttention(hidden, heads, **options)
+    shapes = {n: p.shape for n, p in module.named_parameters()}
+
+    def inputs(draw: Draw) -> Inputs:
+        weights = {n: draw.weight(*shape) if len(shape) > 1 else 1 + draw.normal(*shape, scale=0.3) for n, shape in shapes.items()}
+        return dict(x=draw.normal(B, S, hidden), **weights)
+
+    def rope(x: Tensor) -> tuple[Tensor, Tensor]:
+        return tk.nn.RotaryEmbedding(module.rope_dim, 100.0)(torch.arange(S, device=x.device).expand(B, S))
+
+    def run(x: Tensor, **weights: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x, rope(x)), dict(mode=mode))
+
+    def baseline(x: Tensor, **weights: Tensor) -> Tensor:
+        return torch_mla(module, weights, x, rope(x))
+
+    return Case("mla", f"mla/module-{name}", inputs, run, () if mode == "absorbed" else ("x", *shapes), baseline)
+
+
+MLA_MODULES = [
+    mla_module_case("deepseek-v3"),
+    mla_module_case("v2-lite", q_latent=None),
+    mla_module_case("glm", nope_dim=12, value_dim=20, bias=True),
+    mla_module_case("absorbed", mode="absorbed"),
+]
+
 # ---- grpo and linear -------------------------------------------------------------------------------------------
 
 
@@ -600,5 +657,5 @@ LINEAR = [
     linear_case("large", 200, 300, 500, small=False),
 ]
 
-CASES = [*ATTENTION, *ATTENTION_FEATURES, *MLA, *SPARSE, *MOE, *GRPO, *LINEAR]
+CASES = [*ATTENTION, *ATTENTION_FEATURES, *MLA, *MLA_MODULES, *SPARSE, *MOE, *GRPO, *LINEAR]
 FAMILIES = ("attention", "mla", "sparse", "moe", "grpo", "linear")
