@@ -114,7 +114,8 @@ class Call:
 
     def draws(self) -> int:
         """The largest error of a few numbers is itself a noisy number: the fewer numbers, the more draws."""
-        return max(3, min(16, 1000 // (1 + self.B * self.H * min(self.S, self.T))))
+        few = max(3, min(16, 1000 // (1 + self.B * self.H * min(self.S, self.T))))
+        return max(few, 200 // self.H) if self.sinks else few  # a sink has one gradient a head
 
     def keys_seen(self) -> tuple[float, float]:
         """How many keys a query sees: the lowest tenth's most (of those that see any), and the largest number."""

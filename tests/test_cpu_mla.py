@@ -258,7 +258,7 @@ def test_any_shape(counts, Sq, H, dims, dtype, length, page, prefix_page, thread
     x = Problem(dtype, counts, Sq, H, *dims, length=length, seed=seed)
     got = x.run(page, prefix_page)
     same(x.whole(), got, "with the prefix in the cache")
-    if got[1].numel() >= 100:  # the largest error of a few sums may be luck, on either side
+    if got[1].isfinite().sum() * dims[0] >= 2000:  # the largest error of a few sums may be luck, on either side
         x.check(got)
 
 
