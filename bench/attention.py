@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from memory import readers, readers_of
 from thinkernel.ops.dispatch import C
+from thinkernel.ops.memory import zeros_cache
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -172,10 +173,12 @@ def decode(T: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]],
     order = torch.randperm(B * T // page).int()
     pages = [x.view(B * T // page, page, Hkv, D)[order.argsort()] for x in (k, v)]
     table = order.view(B, T // page)
+    large = [zeros_cache(tuple(x.shape), dtype, "cpu").copy_(x) for x in (k, v)]  # as the modules' caches lie: on huge pages
     by_head = [x.transpose(1, 2) for x in (q, k, v)]
     folded = [q.view(B, Hkv, H // Hkv, D), k.transpose(1, 2), v.transpose(1, 2)]
     return {
         "thinkernel": lambda: tk.attention_decode(q, k, v, seqlens=seqlens),
+        "thinkernel, huge pages": lambda: tk.attention_decode(q, *large, seqlens=seqlens),
         "thinkernel paged": lambda: tk.attention_decode(q, *pages, seqlens=seqlens, block_table=table),
         "sdpa enable_gqa": lambda: F.scaled_dot_product_attention(*by_head, enable_gqa=True),
         "sdpa, group as rows": lambda: F.scaled_dot_product_attention(*folded),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import thinkernel as tk
 import torch
+from cache_pages import paged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinkernel.ops.dispatch import C
@@ -39,21 +40,6 @@ def _cpu_backend():
     torch.set_num_threads(threads)
 
 
-def _pages(rows: Tensor, counts: list[int], page: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """The first counts[b] positions of rows [B, T, Hkv, ·] in shuffled pages; the rest is NaN, unused entries are −7."""
-    B, T = rows.shape[:2]
-    most = -(-T // page)
-    order = draw.pages(B, most)
-    pages = torch.full((B * most + 3, page, *rows.shape[2:]), float("nan"), dtype=rows.dtype)
-    table = torch.full((B, most), -7, dtype=torch.int32)
-    for b, count in enumerate(counts):
-        for i in range(-(-count // page)):
-            n = min(page, count - i * page)
-            table[b, i] = order[b, i]
-            pages[order[b, i].item(), :n] = rows[b, i * page : i * page + n]
-    return pages, table
-
-
 class Problem:
     """A shared prefix of `length` keys and a cache of own keys, both followed by NaN, and the cache that holds both."""
 
@@ -77,10 +63,10 @@ class Problem:
     def with_prefix(self, page: int | None = None, prefix_page: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         prefix, own = (*self.shared, self.length), self.own
         if prefix_page is not None:
-            (k, table), (v, _) = (_pages(x[None], [self.length], prefix_page, Draw(5)) for x in self.shared)
+            (k, table), (v, _) = (paged(x[None], [self.length], prefix_page, Draw(5)) for x in self.shared)
             prefix = (k, v, self.length, table[0])
         if page is not None:
-            (k, table), (v, _) = (_pages(x, self.counts, page, Draw(6)) for x in self.own)
+            (k, table), (v, _) = (paged(x, self.counts, page, Draw(6)) for x in self.own)
             own, options = [k, v], options | {"block_table": table}
         return tk.attention_decode(self.q, *own, seqlens=self.seqlens, prefix=prefix, return_lse=True, **options)
 

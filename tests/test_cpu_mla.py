@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import thinkernel as tk
 import torch
+from cache_pages import NOBODYS, paged
 from cpu_levels import level  # noqa: F401
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,23 +24,7 @@ from torch import Tensor
 pytestmark = pytest.mark.skipif(not hasattr(C, "mla_decode"), reason="the C++ core is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = 192**-0.5
-NOBODYS = 2**31 - 1  # a page number that is nobody's
-
-
-def paged(rows: Tensor, counts: list[int], page: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """The first counts[b] positions of rows [B, T, ·] in shuffled pages; the rest is NaN (bytes of 0x7f)."""
-    B, most = len(rows), -(-max(rows.shape[1], 1) // page)
-    order = draw.pages(B, most)
-    poison = 0x7F if rows.dtype == torch.uint8 else float("nan")
-    pages = torch.full((B * most + 3, page, rows.shape[-1]), poison, dtype=rows.dtype)
-    table = torch.full((B, most), NOBODYS, dtype=torch.int32)
-    table[:, 1::2] = -7
-    for b, count in enumerate(counts):
-        for i in range(-(-count // page)):
-            n = min(page, count - i * page)
-            table[b, i] = order[b, i]
-            pages[order[b, i].item(), :n] = rows[b, i * page : i * page + n]
-    return pages, table
+SCALE = 192**-0.5
 
 
 class Problem:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from thinkernel.nn.cache import CacheStep
+from thinkernel.ops.memory import empty
 
 
 class Cache:
@@ -52,7 +52,7 @@ class Cache:
             moved = []
             for t in tensors:
                 used = change(t[:, : self.extent])
-                grown = torch.empty(used.shape[0], *t.shape[1:], dtype=t.dtype, device=t.device)
+                grown = empty((used.shape[0], *t.shape[1:]), t)
                 grown[:, : self.extent] = used
                 moved.append(grown)
             layers.append(tuple(moved))

@@ -24,6 +24,7 @@ from thinkernel.nn.norm import ZeroCentredRMSNorm
 from thinkernel.nn.rope import rotate_front
 from thinkernel.ops import checks
 from thinkernel.ops.attention import append_kv, attention, attention_decode
+from thinkernel.ops.memory import zeros_cache
 
 QK_NORMS = (False, True, "head", "full")
 GATES = (None, "q_proj", "gate_proj")
@@ -128,7 +129,7 @@ class GroupedQueryAttention(nn.Module):
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> tuple:
         """Keys [B, T_max, Hkv, D] and values [B, T_max, Hkv, Dv]; new_cache(P, page size, …) makes pages."""
         return tuple(
-            torch.zeros(batch, capacity, self.kv_heads, dim, dtype=dtype, device=device)
+            zeros_cache((batch, capacity, self.kv_heads, dim), dtype, device)
             for dim in (self.head_dim, self.value_dim)
         )
 

@@ -21,6 +21,7 @@ from thinkernel.nn.linear import Linear, linear_per_head
 from thinkernel.nn.rope import rotate
 from thinkernel.ops import checks
 from thinkernel.ops.attention import attention, attention_decode
+from thinkernel.ops.memory import zeros_cache
 from thinkernel.ops.mla import FP8_BYTES, append_latent, gather_latent, mla_decode
 
 MODES = ("auto", "expanded", "absorbed")
@@ -78,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
                     f"rope_dim = {self.rope_dim}"
                 )
             width = FP8_BYTES
-        return (torch.zeros(batch, capacity, width, dtype=dtype, device=device),)
+        return (zeros_cache((batch, capacity, width), dtype, device),)
 
     def _queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         latent = None if self.q_latent is None else self.q_a_norm(self.q_a_proj(x))  # [B, S, Q]
