@@ -18,7 +18,7 @@ struct Unit {
   Range panel[5] = {};
 };
 
-// Products of packed operands, begun by scores() and values(), done after finish(). k0, k1: of the unit.
+// Products of packed operands, begun by scores() and values(), done after finish().
 template <class T> struct Products;
 
 // Each panel of rows against the keys it sees alone: under a causal mask at 512 keys 6 % of the products are between a unit's

@@ -261,16 +261,8 @@ template <> struct Stream<bf16, bf16> {
     }
   }
 
-  // Columns back in order: tile 0 of a group of 32 holds 0-3, 8-11, ..., tile 1 the others.
   static void finish(float* o, int64_t rows, int64_t ldo) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int64_t r = 0; r < rows; ++r)
-      for (float* x = o + r * ldo; x < o + (r + 1) * ldo; x += 32) {
-        const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-        _mm512_storeu_ps(x, _mm512_permutex2var_ps(a, low, b));
-        _mm512_storeu_ps(x + 16, _mm512_permutex2var_ps(a, high, b));
-      }
+    for (int64_t r = 0; r < rows; ++r) unpacked_columns(o + r * ldo, ldo);
   }
 
  private:

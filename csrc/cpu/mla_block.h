@@ -243,15 +243,7 @@ template <> struct LatentBlock<bf16> {
     return kKeys / kLine * (panels * (D + Dv) / 32 + Dv / 32 * 4);
   }
 
-  static void unfold(float* o, int64_t Dv) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (float* x = o; x < o + Dv; x += 32) {
-      const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-      _mm512_storeu_ps(x, _mm512_permutex2var_ps(a, low, b));
-      _mm512_storeu_ps(x + 16, _mm512_permutex2var_ps(a, high, b));
-    }
-  }
+  static void unfold(float* o, int64_t Dv) { unpacked_columns(o, Dv); }
 
   template <class Next>
   static void probabilities(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q,

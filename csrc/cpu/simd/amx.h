@@ -50,4 +50,18 @@ struct TileRegion {
 
 #endif
 
+#if defined(__AMX_BF16__)
+// A row of results whose right operand was interleaved with unpacklo and unpackhi, its columns back in order: the first 16 of
+// every 32 hold 0-3, 8-11, 16-19, 24-27, the others the rest. A last group of 32 is done whole.
+inline void unpacked_columns(float* row, int64_t columns) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (float* x = row; x < row + columns; x += 32) {
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+    _mm512_storeu_ps(x, _mm512_permutex2var_ps(a, low, b));
+    _mm512_storeu_ps(x + 16, _mm512_permutex2var_ps(a, high, b));
+  }
+}
+#endif
+
 }  // namespace tk::TK_ISA

@@ -273,7 +273,7 @@ def _contiguous(found: Any) -> Any:
 
 def _plain(args: Sequence[Any]) -> bool:
     """No tensor subclass among the arguments, so this is eager mode and not a trace."""
-    return all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
+    return all(type(a) in _TENSORS for a in args if isinstance(a, Tensor))
 
 
 _SCALARS = frozenset((int, float, bool, str, type(None)))
