@@ -265,6 +265,14 @@ template <> struct LatentBlock<bf16> {
   static void values(const Line<bf16>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
                      int64_t ldo, bool first, float* work, Next& next) {
     bf16* v = (bf16*)work;
+    if (rows <= 16) {
+      if (!sees[0]) return;
+      int64_t d = 0;
+      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d < Dv; d += 32) few_rows<1>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      tile_fence();
+      return;
+    }
     for (int64_t d = 0; d < Dv; d += 32) {
       for (int64_t i = 0; i < count; ++i) pack_values(lines[i], d, v + i * 2 * kTile, next);
       for (int64_t r = 0; r < rows; r += kPanel) {
@@ -290,6 +298,68 @@ template <> struct LatentBlock<bf16> {
       __builtin_prefetch(row + line.step + 32, 0, 3);
       _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
       _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(even, odd));
+    }
+  }
+
+  // o[16, 32 C] (+)= P V for one half: values are packed a line of keys before they are multiplied.
+  template <int C, class Next>
+  static void few_rows(const Line<bf16>* lines, int64_t count, int64_t d, const bf16* probs, bf16* v, float* o, int64_t ldo, bool first,
+                       Next& next) {
+    constexpr int64_t kRing = 2, kAhead = 1, kSize = C * 2 * kTile;
+    const int64_t bytes = ldo * 4;
+    tile_fence();
+    if (first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (C == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    } else {
+      _tile_loadd(0, o, bytes);
+      _tile_loadd(1, o + 16, bytes);
+      if constexpr (C == 2) {
+        _tile_loadd(2, o + 32, bytes);
+        _tile_loadd(3, o + 48, bytes);
+      }
+    }
+    for (int64_t i = 0; i < count + kAhead; ++i) {
+      if (i < count) {
+        pack_line<C>(lines[i], d, v + i % kRing * kSize, next);
+      }
+      if (i < kAhead) continue;
+      tile_fence();
+      const bf16* x = v + (i - kAhead) % kRing * kSize;
+      _tile_loadd(4, probs + (i - kAhead) * kTile, 64);
+      _tile_loadd(6, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, x + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (C == 2) {
+        _tile_loadd(5, x + 2 * kTile, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, x + 3 * kTile, 64);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+    _tile_stored(0, o, bytes);
+    _tile_stored(1, o + 16, bytes);
+    if constexpr (C == 2) {
+      _tile_stored(2, o + 32, bytes);
+      _tile_stored(3, o + 48, bytes);
+    }
+  }
+  template <int C, class Next> static void pack_line(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
+    const bf16* row = line.at + d;
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < 16; ++pair, row += 2 * line.step, to += 32) {
+      if (pair % 2 == 0) next.beat();
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const __m512i even = _mm512_loadu_si512(row + 32 * c), odd = _mm512_loadu_si512(row + line.step + 32 * c);
+        _mm512_store_si512(to + 2 * c * kTile, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + (2 * c + 1) * kTile, _mm512_unpackhi_epi16(even, odd));
+      }
     }
   }
 
