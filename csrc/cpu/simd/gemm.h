@@ -194,9 +194,9 @@ template <> struct Gemm<float> {
 template <> struct Gemm<bf16> {
   using Type = bf16;
   static constexpr int MR = 32, NR = 32, KU = 32, KB = 512;
-  // K is cut into blocks of KB, whose B stays in L2 while the rows of A pass, only where all of B would not: a cut costs one
-  // more pass over C through L2, and that takes longer than A's panels coming from L2 instead of L1 (5-20 % of the product).
-  static constexpr int64_t kWhole = 1 << 19;                 // elements of B, 1 MiB
+  // K is cut into blocks of about KB, whose A panel (32 KiB) stays in L1 while B streams past it from L2: a step of four tile
+  // products takes 64 cycles and two lines a tile row, 96 where both come from L2. A cut costs a pass over C through L2.
+  static constexpr int64_t kDeepest = 576;
   static constexpr int kFar = 16;                            // rows
   static constexpr int kTile = 512;                          // elements of one tile, 1 KiB
 
@@ -262,7 +262,9 @@ template <> struct Gemm<bf16> {
       for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
       return;
     }
-    const int64_t Kp = padded_k(K), block = N * Kp <= kWhole ? Kp : KB;
+    const int64_t Kp = padded_k(K), blocks = N > NR ? (Kp + kDeepest - 1) / kDeepest : 1;
+    const int64_t block = blocks > 1 ? round_up((Kp + blocks - 1) / blocks, KU) : Kp;
+    const bool stream = N > NR && N * block > (1 << 13);  // what fits L1 beside A may stay there
     for (int64_t k = 0; k < Kp; k += block) {
       const int64_t steps = least(block, Kp - k) / KU;
       const bool add = accumulate || k > 0;
@@ -280,11 +282,12 @@ template <> struct Gemm<bf16> {
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (rows == MR && cols == NR) {
-            tiles_2x2(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
+            if (stream) tiles_2x2<true>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
+            else tiles_2x2<false>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
           } else {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
-            if (rows > 16) tiles_2x2(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step);
+            if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step);
             else tiles_1x2(steps, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
@@ -322,6 +325,7 @@ template <> struct Gemm<bf16> {
       for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
   }
 
+  template <bool kStream>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
                         int per_step) {
     tile_fence();
@@ -341,9 +345,11 @@ template <> struct Gemm<bf16> {
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
       _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, 64);
+      if (kStream) _tile_stream_loadd(6, b, 64);
+      else _tile_loadd(6, b, 64);
       _tile_loadd(5, a + kTile, 64);
-      _tile_loadd(7, b + kTile, 64);
+      if (kStream) _tile_stream_loadd(7, b + kTile, 64);
+      else _tile_loadd(7, b + kTile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(1, 4, 7);
