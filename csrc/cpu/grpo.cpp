@@ -12,6 +12,7 @@
 #include "grpo_kernels.h"
 
 #include "matmul.h"
+#include "simd/gemm_steps.h"
 #include "softmax_rows.h"
 
 namespace tk::TK_ISA {
@@ -70,14 +71,32 @@ void pack_hidden(int threads, const S* hidden, int64_t stride, const ActiveRows&
   });
 }
 
+// A thread's tiles of logits: while it works on one, the product of the next runs beside (gemm_steps.h).
+template <class T> struct LogitTiles {
+  GemmSteps<T> product;
+  float* const tiles;
+  LogitTiles(float* all, int thread) : tiles(all + thread * GemmSteps<T>::kBuffers * kRows * kBlock) {}
+  float* at(int64_t chunk) const { return tiles + chunk % GemmSteps<T>::kBuffers * kRows * kBlock; }
+  // Rows of `chunk`, of n, by cols words: hidden [n, D] and weight [cols, D] packed.
+  void begin(int64_t chunk, int64_t n, int64_t cols, int64_t D, const T* hidden, const T* weight) {
+    const int64_t r = chunk * kRows;
+    product.begin(least(kRows, n - r), cols, D, hidden + r * Gemm<T>::padded_k(D), weight, at(chunk), kBlock);
+  }
+  float* finish(int64_t chunk) {
+    product.finish();
+    return at(chunk);
+  }
+};
+
 // Per row: max u, Σ e^x, Σ x e^x with x = (u − max) / τ.
 struct Partial {
   float *m, *s, *t;
 };
 
 // Statistics of one row of a tile; u is left in the row. bias is null where there is none.
+template <class Product>
 inline void row_statistics(float* row, int64_t cols, const Head& head, const float* bias, bool entropy, float* m, float* s,
-                           float* t) {
+                           float* t, Product& product) {
   vf peak = minus_infinity();
   const bool changes = bias || head.softcap > 0;
   const int64_t whole = cols / W * W;
@@ -93,7 +112,10 @@ inline void row_statistics(float* row, int64_t cols, const Head& head, const flo
   const float top = reduce_max(peak);
   const vf base = splat(finite_max(top));
   vf sum = zero(), weighted = zero();
-  for (int64_t j = 0; j < cols; j += W) accumulate((load(row + j) - base) * head.inverse_temperature, entropy, &sum, &weighted);
+  for (int64_t j = 0; j < cols; j += W) {
+    accumulate((load(row + j) - base) * head.inverse_temperature, entropy, &sum, &weighted);
+    if (j & W) product.tick();
+  }
   *m = top;
   *s = reduce_add(sum);
   *t = reduce_add(weighted);
@@ -153,7 +175,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
   Scratch<T> left(G::size_a(n, Dp));
   Scratch<T> right(p.threads * G::size_b(kBlock, Dp));
-  Scratch<float> tiles(p.threads * kRows * kBlock);
+  Scratch<float> tiles(p.threads * GemmSteps<T>::kBuffers * kRows * kBlock);
   Scratch<float> partials(supers * 3 * padded);  // [super-block][m, s, t][row]
   Scratch<float> target_u(n);
   pack_hidden<T, S>(p.threads, (const S*)p.hidden, p.hidden_stride, rows, D, left, (T*)nullptr);
@@ -168,16 +190,18 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   parallel_for(p.threads, supers * groups, [&](int64_t item, int thread) {
     const int64_t super = item / groups, first = item % groups * group, last = least(chunks, first + group);
     T* packed = right + thread * G::size_b(kBlock, Dp);
-    float* tile = tiles + thread * kRows * kBlock;
+    LogitTiles<T> logits(tiles, thread);
     alignas(64) float biases[kBlock], stats[3][kRows];
     for (int64_t v = super * kSuper; v < least(V, (super + 1) * kSuper); v += kBlock) {
       const int64_t cols = least(kBlock, V - v);
       G::pack_b((const S*)p.weight + v * p.weight_stride, p.weight_stride, cols, D, packed);
       const float* bias = load_bias((const S*)p.bias, v, cols, biases);
       const bool keep = v < p.kept_blocks * kBlock;
+      logits.begin(first, n, cols, D, left, packed);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t r = chunk * kRows, count = least(kRows, n - r);
-        G::gemm(count, cols, D, left + r * Dp, packed, tile, kBlock, false);
+        float* tile = logits.finish(chunk);
+        if (chunk + 1 < last) logits.begin(chunk + 1, n, cols, D, left, packed);
         const bool opens = v == super * kSuper;
         const Partial out = partial(super, r);
         const Partial block = opens ? out : Partial{stats[0], stats[1], stats[2]};
@@ -187,7 +211,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
             continue;
           }
           float* row = tile + i * kBlock;
-          row_statistics(row, cols, head, bias, entropy || keep, block.m + i, block.s + i, block.t + i);
+          row_statistics(row, cols, head, bias, entropy || keep, block.m + i, block.s + i, block.t + i, logits.product);
           if (keep) keep_row(row, cols, head, block.m[i], block.s[i], block.t[i], kept_row<S>(p.kept, p.n, v, r + i));
           const int64_t column = p.target[rows.index[r + i]] - v;
           if (column >= 0 && column < cols) target_u[r + i] = row[column];

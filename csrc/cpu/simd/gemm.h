@@ -203,6 +203,10 @@ template <> struct Gemm<bf16> {
   static int64_t padded_k(int64_t K) { return round_up(K, KU); }
   static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * padded_k(K); }
   static int64_t size_b(int64_t N, int64_t K) { return round_up(N, NR) * padded_k(K); }
+  static int64_t depth_of(int64_t N, int64_t K) {            // of a block of K
+    const int64_t Kp = padded_k(K), blocks = N > NR ? (Kp + kDeepest - 1) / kDeepest : 1;
+    return blocks > 1 ? round_up((Kp + blocks - 1) / blocks, KU) : Kp;
+  }
 
   // A panel: [k / 32][2 tiles][16 rows][32 k]
   template <class S> static void pack_a(const S* src, int64_t stride, int64_t M, int64_t K, bf16* dst) {
@@ -262,8 +266,7 @@ template <> struct Gemm<bf16> {
       for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
       return;
     }
-    const int64_t Kp = padded_k(K), blocks = N > NR ? (Kp + kDeepest - 1) / kDeepest : 1;
-    const int64_t block = blocks > 1 ? round_up((Kp + blocks - 1) / blocks, KU) : Kp;
+    const int64_t Kp = padded_k(K), block = depth_of(N, K);
     const bool stream = N > NR && N * block > (1 << 13);  // what fits L1 beside A may stay there
     for (int64_t k = 0; k < Kp; k += block) {
       const int64_t steps = least(block, Kp - k) / KU;
