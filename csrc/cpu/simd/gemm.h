@@ -225,6 +225,23 @@ template <> struct Gemm<bf16> {
           for (int i = 0; i < 16; ++i) memcpy(dst + 32 * i, &v[i], 64);
         }
   }
+  // Columns k to k + 31 of one row of an A panel lie at panel + k * MR + row % MR * 32.
+  static void store_a(bf16* to, vf low, vf high) { _mm512_storeu_si512(to, round_pair(low, high)); }
+  // 32 x 32 of a panel of A the other way round, as a panel of its transpose holds them.
+  static void transpose_a(const bf16* src, bf16* dst) {
+    vi low[16], high[16];  // pairs of rows, each of 16 columns: unpack takes four of every eight
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m512i even = load32(src + 64 * i), odd = load32(src + 64 * i + 32);
+      low[i] = (vi)_mm512_unpacklo_epi16(even, odd), high[i] = (vi)_mm512_unpackhi_epi16(even, odd);
+    }
+    transpose(low);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy((void*)(dst + 32 * (i / 4 * 8 + i % 4)), &low[i], 64);
+    transpose(high);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy((void*)(dst + 32 * (i / 4 * 8 + i % 4 + 4)), &high[i], 64);
+  }
   // B panel: [k / 32][2 tiles][16 pairs of k][16 columns][2]
   template <class S> static void pack_b(const S* src, int64_t stride, int64_t N, int64_t K, bf16* dst) {
     for (int64_t n = 0; n < round_up(N, NR); n += NR)
