@@ -302,12 +302,13 @@ template <> struct Gemm<bf16> {
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (rows == MR && cols == NR) {
-            if (stream) tiles_2x2<true>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
-            else tiles_2x2<false>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
+            const float* below = accumulate && k == 0 && steps >= 16 && m + 2 * MR <= M ? c + MR * ldc : nullptr;
+            if (stream) tiles_2x2<true>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
+            else tiles_2x2<false>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
           } else {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
-            if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step);
+            if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step, nullptr);
             else tiles_1x2(steps, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
@@ -345,17 +346,19 @@ template <> struct Gemm<bf16> {
       for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
   }
 
+  // below: the tile of C behind this one, fetched into L2 meanwhile where it is not null.
   template <bool kStream>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
-                        int per_step) {
+                        int per_step, const float* below) {
     tile_fence();
+    const float* last = below ? below + MR * ldc : nullptr;
     const int64_t bytes = ldc * 4;
-    float* below = c + 16 * ldc;
+    float* half = c + 16 * ldc;
     if (add) {
       _tile_loadd(0, c, bytes);
       _tile_loadd(1, c + 16, bytes);
-      _tile_loadd(2, below, bytes);
-      _tile_loadd(3, below + 16, bytes);
+      _tile_loadd(2, half, bytes);
+      _tile_loadd(3, half + 16, bytes);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -364,6 +367,10 @@ template <> struct Gemm<bf16> {
     }
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
+      for (int i = 0; i < 2 && below < last; ++i, below += ldc) {
+        _mm_prefetch((const char*)below, _MM_HINT_T1);
+        _mm_prefetch((const char*)(below + 16), _MM_HINT_T1);
+      }
       _tile_loadd(4, a, 64);
       if (kStream) _tile_stream_loadd(6, b, 64);
       else _tile_loadd(6, b, 64);
@@ -377,8 +384,8 @@ template <> struct Gemm<bf16> {
     }
     _tile_stored(0, c, bytes);
     _tile_stored(1, c + 16, bytes);
-    _tile_stored(2, below, bytes);
-    _tile_stored(3, below + 16, bytes);
+    _tile_stored(2, half, bytes);
+    _tile_stored(3, half + 16, bytes);
   }
   static void tiles_1x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
     tile_fence();
