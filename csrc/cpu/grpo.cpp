@@ -20,13 +20,17 @@ namespace tk::TK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 384;              // vocabulary columns of a logits tile: a multiple of every MR and NR
-constexpr int64_t kRows = 96;                // rows of a logits tile: a multiple of every MR and KU
-constexpr int64_t kChunk = 2 * kRows;        // rows of a product of dh or dW
+constexpr int64_t kChunk = 192;              // rows of a product of dh or dW
 constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (forward)
 constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
 constexpr int64_t kMaxSuper = 4 * kStep;
 constexpr int64_t kGradientBytes = 12 << 20; // dy kept at a time, in both layouts together (24 MiB is no faster)
 constexpr int64_t kDepth = 192;              // at most: columns of D in a work item of dh and dW (256: 5-10 % slower at D 896)
+
+// Rows of a logits tile: a multiple of every MR and KU. A thread's tiles take kTileFloats in all, and so may one of dW.
+template <class T> constexpr int64_t kRows = kChunk / GemmSteps<T>::kBuffers;
+constexpr int64_t kTileFloats = kChunk * kBlock;
+static_assert(kDepth <= kBlock);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -61,30 +65,26 @@ template <class T, class S>
 void pack_hidden(int threads, const S* hidden, int64_t stride, const ActiveRows& rows, int64_t D, T* left, T* right) {
   using G = Gemm<T>;
   const int64_t Dp = G::padded_k(D), np = G::padded_k(rows.n);
-  Scratch<S> temp(threads * kRows * D);
-  parallel_for(threads, ceil_div(rows.n, kRows), [&](int64_t item, int thread) {
-    const int64_t r = item * kRows, count = least(kRows, rows.n - r);
-    const RowBlock<S> block(hidden, stride, rows.index, r, count, D, temp + thread * kRows * D);
+  Scratch<S> temp(threads * kRows<T> * D);
+  parallel_for(threads, ceil_div(rows.n, kRows<T>), [&](int64_t item, int thread) {
+    const int64_t r = item * kRows<T>, count = least(kRows<T>, rows.n - r);
+    const RowBlock<S> block(hidden, stride, rows.index, r, count, D, temp + thread * kRows<T> * D);
     G::pack_a(block.p, block.stride, count, D, left + r * Dp);
     for (int64_t d = 0; right && d < D; d += G::NR)
       G::pack_b_t(block.p + d, block.stride, least(G::NR, D - d), count, right + d * np + r * G::NR);
   });
 }
 
-// Floats of a thread's tiles: of logits, or one of dW.
-template <class T> constexpr int64_t kTileFloats = 2 * kRows * kBlock;
-static_assert(kTileFloats<float> >= kChunk * kDepth);
-
 // A thread's tiles of logits: while it works on one, the product of the next runs beside (gemm_steps.h).
 template <class T> struct LogitTiles {
   GemmSteps<T> product;
   float* const tiles;
-  LogitTiles(float* all, int thread) : tiles(all + thread * kTileFloats<T>) {}
-  float* at(int64_t chunk) const { return tiles + chunk % GemmSteps<T>::kBuffers * kRows * kBlock; }
+  LogitTiles(float* all, int thread) : tiles(all + thread * kTileFloats) {}
+  float* at(int64_t chunk) const { return tiles + chunk % GemmSteps<T>::kBuffers * kRows<T> * kBlock; }
   // Rows of `chunk`, of n, by cols words: hidden [n, D] and weight [cols, D] packed.
   void begin(int64_t chunk, int64_t n, int64_t cols, int64_t D, const T* hidden, const T* weight) {
-    const int64_t r = chunk * kRows;
-    product.begin(least(kRows, n - r), cols, D, hidden + r * Gemm<T>::padded_k(D), weight, at(chunk), kBlock);
+    const int64_t r = chunk * kRows<T>;
+    product.begin(least(kRows<T>, n - r), cols, D, hidden + r * Gemm<T>::padded_k(D), weight, at(chunk), kBlock);
   }
   float* finish(int64_t chunk) {
     product.finish();
@@ -176,10 +176,10 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   if (n == 0) return;
   const bool entropy = p.entropy != nullptr;
 
-  const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
+  const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows<T>), padded = chunks * kRows<T>;
   Scratch<T> left(G::size_a(n, Dp));
   Scratch<T> right(p.threads * G::size_b(kBlock, Dp));
-  Scratch<float> tiles(p.threads * kTileFloats<T>);
+  Scratch<float> tiles(p.threads * kTileFloats);
   Scratch<float> partials(supers * 3 * padded);  // [super-block][m, s, t][row]
   Scratch<float> target_u(n);
   pack_hidden<T, S>(p.threads, (const S*)p.hidden, p.hidden_stride, rows, D, left, (T*)nullptr);
@@ -195,7 +195,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
     const int64_t super = item / groups, first = item % groups * group, last = least(chunks, first + group);
     T* packed = right + thread * G::size_b(kBlock, Dp);
     LogitTiles<T> logits(tiles, thread);
-    alignas(64) float biases[kBlock], stats[3][kRows];
+    alignas(64) float biases[kBlock], stats[3][kRows<T>];
     for (int64_t v = super * kSuper; v < least(V, (super + 1) * kSuper); v += kBlock) {
       const int64_t cols = least(kBlock, V - v);
       G::pack_b((const S*)p.weight + v * p.weight_stride, p.weight_stride, cols, D, packed);
@@ -203,7 +203,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
       const bool keep = v < p.kept_blocks * kBlock;
       logits.begin(first, n, cols, D, left, packed);
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t r = chunk * kRows, count = least(kRows, n - r);
+        const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
         float* tile = logits.finish(chunk);
         if (chunk + 1 < last) logits.begin(chunk + 1, n, cols, D, left, packed);
         const bool opens = v == super * kSuper;
@@ -226,7 +226,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   });
 
   parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
-    const int64_t r = chunk * kRows, count = least(kRows, n - r);
+    const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
     const Partial total = partial(0, r);
     for (int64_t super = 1; super < supers; ++super) merge(total, partial(super, r), count, head);
     for (int64_t i = 0; i < count; ++i) {
@@ -248,9 +248,10 @@ struct FloatRow {
   }
   void set(int64_t j, float x) const { dy[j] = x; }
 };
-#if defined(__AMX_BF16__)
 // In bfloat16 it goes to its place in a panel of dh's left operand at once (0 beyond cols), and to dy as well for dbias.
-struct PackedRow {
+template <class T> struct PackedRow;
+#if defined(__AMX_BF16__)
+template <> struct PackedRow<bf16> {
   using G = Gemm<bf16>;
   bf16* packed;
   float* dy;
@@ -333,7 +334,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
     return;
   }
   const Head head(p.temperature, p.softcap);
-  const int64_t chunks = ceil_div(n, kRows), depths = ceil_div(D, kDepth);
+  const int64_t chunks = ceil_div(n, kRows<T>), depths = ceil_div(D, kDepth);
   const int64_t depth = round_up(ceil_div(D, depths), G::NR);  // columns of D in an item of dh or dW
   const int64_t fit = kGradientBytes / (2 * (int64_t)sizeof(T) * n) / kStep * kStep;
   const int64_t super = least(round_up(V, kStep), least(kMaxSuper, fit < kStep ? kStep : fit));
@@ -348,7 +349,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   const int64_t size_block = G::size_b(kBlock, Dp), size_depth = G::size_b(depth, super);
   const int64_t size_packed = size_block > size_depth ? size_block : size_depth;
   Scratch<T> packed(p.threads * size_packed);             // W: a block [kBlock, D], later a slice [depth, super]
-  Scratch<float> tiles(p.threads * kTileFloats<T>);
+  Scratch<float> tiles(p.threads * kTileFloats);
   Scratch<T> panels(kPacks && !dhidden ? p.threads * G::MR * kBlock : 0);  // dy of MR rows where `dy` does not take it
   pack_hidden<T, S>(p.threads, hidden, p.hidden_stride, rows, D, left, dweight ? right.get() : nullptr);
 
@@ -370,7 +371,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       }
       const float* bias = load_bias((const S*)p.bias, v, cols, biases);
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t r = chunk * kRows, count = least(kRows, n - r);
+        const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
         float* tile = kept ? logits.at(chunk) : logits.finish(chunk);
         if (!kept && chunk + 1 < last) logits.begin(chunk + 1, n, cols, D, left, w);
         const auto gradient = [&](int64_t i, const auto& to) {
@@ -384,7 +385,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
           for (int64_t i = 0; i < count; i += G::MR) {
             T* panel = dhidden ? dy + (r + i) * width_p + at * G::MR : panels + thread * G::MR * kBlock;
             for (int64_t k = i; k < i + G::MR; ++k) {
-              const PackedRow to{panel + k % G::MR * 32, dbias ? tile + k * kBlock : nullptr, k < count ? cols : 0};
+              const PackedRow<T> to{panel + k % G::MR * 32, dbias ? tile + k * kBlock : nullptr, k < count ? cols : 0};
               if (k < count) gradient(k, to);
               for (int64_t j = 0; k >= count && j < cols; j += 2 * W) to.put(j, zero(), zero());
             }
@@ -423,7 +424,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       } else {
         const int64_t d = (item - dh_items) / strips * depth, cols = least(depth, D - d);  // its h stays in L2
         const int64_t at = (item - dh_items) % strips * strip, count = least(strip, width - at);
-        float* tile = tiles + thread * kTileFloats<T>;
+        float* tile = tiles + thread * kTileFloats;
         G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, depth, false);
         write_gradient<S>(tile, count, cols, depth, p.dweight_add, dweight, (v0 + at) * D + d, D);
       }
@@ -435,7 +436,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   }
   if (dhidden)
     parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
-      for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i) {
+      for (int64_t i = chunk * kRows<T>; i < least(n, (chunk + 1) * kRows<T>); ++i) {
         // The ignored rows before this one, and behind the last one, are zeroed here, by all threads.
         const int64_t row = rows.index[i], before = i > 0 ? rows.index[i - 1] + 1 : 0;
         if (before < row) memset((char*)dhidden + before * dh_bytes, 0, (row - before) * dh_bytes);
