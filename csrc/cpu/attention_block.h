@@ -245,8 +245,10 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
     *lse = -INFINITY;
     return;
   }
-  *lse = fma(splat(m), splat(f.factor), log(splat(l)))[0];
-  const float divisor = sink ? l * (1.0f + exp(splat(*sink - *lse))[0]) : l;
+  // In float, lse is rounded once: the backward's probabilities are e^(s - lse).
+  if constexpr (sizeof(S) == 4) *lse = (float)((double)m * f.factor + ::log((double)l));
+  else *lse = fma(splat(m), splat(f.factor), log(splat(l)))[0];
+  const float divisor = sink ? l + exp(fma(splat(-m), splat(f.factor), splat(*sink)))[0] : l;
   if constexpr (sizeof(S) == 2) {  // a division takes as long as 20 products; 16 bits do not show the second rounding
     const vf factor = splat(1.0f / divisor);
     int64_t d = 0;
