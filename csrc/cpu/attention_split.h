@@ -205,6 +205,7 @@ template <class T> struct SplitBlock {
       const Range c = clip(seen[u.row + r], u.split * kSplit, keys);
       x.ms[r] = c.lo < c.hi ? row_max(transform, x.scores + r * kLd, RowLines{c.lo, c.hi}) : -INFINITY;
     };
+    const typename Probs<T>::Mode mode;
     find_max(0);
     for (int64_t r = 0; r < u.rows; ++r) {
       if (r + 1 < u.rows) find_max(r + 1);  // a row ahead: nobody waits for the reduction over the lanes
