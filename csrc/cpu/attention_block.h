@@ -82,18 +82,19 @@ inline vf exp2_fast(vf t) {
 }
 
 #if defined(__AMX_BF16__)
-// 2^x for x <= 0 or hardly more, where the result is rounded to bf16: error 3e-6, 1/700 of that rounding. scalef takes floor(x)
+// 2^x for x <= 0 or hardly more, where the result is rounded to bf16: error 1.5e-7 (degree 4 would do for that
+// rounding, but its 3e-6 are too much for lse, which is float). scalef takes floor(x)
 // itself, so x is cut into floor and rest, and the polynomial is minimax on [0, 1) with 2^0 = 1 exactly. Nothing bounds x:
 // only under FlushSubnormals. Every instruction counts here: a row of softmax is bound by the two vector ports.
 template <int N> inline __attribute__((always_inline)) void exp2_rounded(vf* x) {
-  constexpr float kC[5] = {1.0f, 0.6930448449f, 0.2412802048f, 0.05224247422f, 0.01342668427f};
+  constexpr float kC[6] = {1.0f, 0.6931513118f, 0.2401644502f, 0.0557999131f, 0.009017030322f, 0.00186713007f};
   vf r[N], p[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) r[i] = (vf)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) p[i] = fma(splat(kC[4]), r[i], splat(kC[3]));
+  for (int i = 0; i < N; ++i) p[i] = fma(splat(kC[5]), r[i], splat(kC[4]));
 #pragma GCC unroll 8
-  for (int j = 2; j >= 0; --j)
+  for (int j = 3; j >= 0; --j)
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) p[i] = fma(p[i], r[i], splat(kC[j]));
 #pragma GCC unroll 8
