@@ -199,8 +199,13 @@ def random_call(seed: int) -> Call:
 
 
 def assert_within(case: Case, dtype: torch.dtype, seed: int, draws: int) -> None:
-    results = list(evaluate(case, "cpu", dtype, seed=seed, draws=draws))
-    wrong = [r.comparison.message for r in results if r.comparison is not None and r.comparison.message]
+    """The rule compares two maxima. Over few numbers the baseline's may be a lucky one (by a factor of 2 once in 300 calls, over
+    200 numbers), so what breaks the rule is judged again over eight times as many draws, the first ones among them."""
+    for many in (draws, 8 * draws):
+        results = list(evaluate(case, "cpu", dtype, seed=seed, draws=many))
+        wrong = [r.comparison.message for r in results if r.comparison is not None and r.comparison.message]
+        if not wrong:
+            break
     assert not wrong, "\n".join(wrong)
     assert not any(r.skipped for r in results), results[0].skipped
 

@@ -83,11 +83,12 @@ inline vf exp2_fast(vf t) {
 
 #if defined(__AMX_BF16__)
 // 2^x for x <= 0 or hardly more, where the result is rounded to bf16: error 1.5e-7 (degree 4 would do for that
-// rounding, but its 3e-6 are too much for lse, which is float). scalef takes floor(x)
-// itself, so x is cut into floor and rest, and the polynomial is minimax on [0, 1) with 2^0 = 1 exactly. Nothing bounds x:
-// only under FlushSubnormals. Every instruction counts here: a row of softmax is bound by the two vector ports.
+// rounding, but its 3e-6 are too much for lse, which is float). scalef takes floor(x) itself, so x is cut into floor and rest,
+// and the polynomial is minimax on [0, 1] with 2^0 = 1 and 2^1 = 2 exactly: a row's largest score comes out at or a hair below
+// 0, and its exponential is 1. Nothing bounds x: only under FlushSubnormals. Every instruction counts here: a row of softmax is
+// bound by the two vector ports.
 template <int N> inline __attribute__((always_inline)) void exp2_rounded(vf* x) {
-  constexpr float kC[6] = {1.0f, 0.6931513118f, 0.2401644502f, 0.0557999131f, 0.009017030322f, 0.00186713007f};
+  constexpr float kC[6] = {1.0f, 0.6931517124f, 0.2401593179f, 0.0558186695f, 0.008990994655f, 0.001879318617f};
   vf r[N], p[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) r[i] = (vf)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);
@@ -285,7 +286,8 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
   // In float, lse is rounded once: the backward's probabilities are e^(s - lse).
   if constexpr (sizeof(S) == 4) *lse = (float)((double)m * f.factor + ::log((double)l));
   else *lse = fma(splat(m), splat(f.factor), log(splat(l)))[0];
-  const float divisor = sink ? l + exp(fma(splat(-m), splat(f.factor), splat(*sink)))[0] : l;
+  // By the rounded lse: a sink's gradient is a product of out and e^(sink - lse), in which that rounding then cancels.
+  const float divisor = sink ? l * (1.0f + exp(splat(*sink - *lse))[0]) : l;
   if constexpr (sizeof(S) == 2) {  // a division takes as long as 20 products; 16 bits do not show the second rounding
     const vf factor = splat(1.0f / divisor);
     int64_t d = 0;
