@@ -220,8 +220,9 @@ template <class Ops> TK_POLICY TokenLoss<Ops> token_loss(const Token<Ops>& t, co
     loss = direct * t.logprob;
   } else if (o.form == Form::sapo) {
     const V tau = Ops::select(a > zero, Ops::splat(o.tau_positive), Ops::splat(o.tau_negative));
+    const V scale = Ops::select(a > zero, Ops::splat(4.0f / o.tau_positive), Ops::splat(4.0f / o.tau_negative));
     const V x = tau * (r - one), e = Ops::exp(-Ops::abs(x)), q = one / (one + e);  // sigmoid(|x|)
-    loss = -Ops::select(x < zero, e * q, q) * (Ops::splat(4.0f) / tau) * a;
+    loss = -Ops::select(x < zero, e * q, q) * scale * a;
     slope = Ops::splat(-4.0f) * a * (e * q * q) * r;
   } else {
     direct = -a;
