@@ -150,7 +150,7 @@ class PolicyLoss {
   }
 
   template <class F> void for_blocks(const F& body) {
-    parallel_for(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
+    parallel_for<true>(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
       for (int64_t i = item * group_; i < least(count_, (item + 1) * group_); ++i) body(i);
     });
   }
@@ -158,9 +158,11 @@ class PolicyLoss {
   // body(sequence), in items of about kItem tokens.
   template <class F> void for_sequences(const F& body) {
     const int64_t B = p_.sequences, group = least(256, 1 + kItem * B / (places_ + 1));
-    parallel_for(threads_, (B + group - 1) / group, [&](int64_t item, int) {
+    const auto run = [&](int64_t item, int) {
       for (int64_t b = item * group; b < least(B, (item + 1) * group); ++b) body(b);
-    });
+    };
+    if (p_.cu_seqlens) parallel_for(threads_, (B + group - 1) / group, run);
+    else parallel_for<true>(threads_, (B + group - 1) / group, run);
   }
 
   void pack_pass(int64_t index) {
@@ -173,15 +175,24 @@ class PolicyLoss {
     for (int64_t i = 0; i < count_; ++i) tokens_ += partials_[i].tokens;
   }
 
-  void sums_pass(int64_t index) { plain_ ? sums_pass<true>(index) : sums_pass<false>(index); }
-
-  template <bool plain> void sums_pass(int64_t index) {
+  void sums_pass(int64_t index) {
     const Block b = blocks_[index];
     Partial& out = partials_[index];
     const uint16_t* words = words_ + b.words;
-    policy::Options o = o_;
-    if constexpr (plain) o.rollout = policy::Rollout::none;
+    const policy::Options o = o_;
     const Rows rows(p_, b);
+    if (plain_) {  // one of the four sums, without the tensors that the others read
+      const bool vespo = o.form == policy::Form::vespo;
+      Sum sum;
+      over_tokens(b, [&](int64_t i, int n) {
+        const uint16_t* bits = words + i / W;
+        if (Ops::none(bits)) return;
+        const policy::Token<Ops> t = rows.token<true>(i, n, Ops::lanes(bits));
+        sum.add(vespo ? policy::log_weight<Ops>(t) : policy::log_ratio<Ops>(t, o));
+      }, [&] { sum.flush(); });
+      (vespo ? out.log_weight : out.log_ratio) = sum.total();
+      return;
+    }
     const float log_low = o.rollout_low > 0 ? logf(o.rollout_low) : -INFINITY;
     const float log_high = o.rollout_high > 0 ? logf(o.rollout_high) : -INFINITY;
     Sum log_ratio, drift, rollout, log_weight;
@@ -189,13 +200,11 @@ class PolicyLoss {
       const uint16_t* bits = words + i / W;
       if (Ops::none(bits)) return;
       const M on = Ops::lanes(bits);
-      const policy::Token<Ops> t = rows.token<plain>(i, n, on);
+      const policy::Token<Ops> t = rows.token<false>(i, n, on);
       const policy::SequenceTerms<Ops> s = policy::sequence_terms<Ops>(t, o, log_low, log_high);
       log_ratio.add(s.log_ratio);  // masked lanes are 0 in these three
-      if constexpr (!plain) {
-        drift.add(s.drift);
-        rollout.add(s.rollout);
-      }
+      drift.add(s.drift);
+      rollout.add(s.rollout);
       if (o.form == policy::Form::vespo) log_weight.add(select(on, s.log_weight, Ops::splat(0)));
     }, [&] {
       log_ratio.flush();
@@ -300,9 +309,11 @@ class PolicyLoss {
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;
     const uint16_t* words = words_ + b.words;
+    const bool fetches = sums_ && rows.old;  // the tokens behind these, whose sums would wait for memory with nothing else to do
+    const float *const next = rows.logprob + b.length, *const next_old = rows.old + b.length;
     Sum loss, slope, approx_kl, ratio, kl, rollout_ratio, kept, entropy, bonus_entropy;
     vf least_ratio = splat(INFINITY), most_ratio = splat(-INFINITY);
-    vi clipped_low = splat(0), clipped_high = splat(0);  // lane by lane
+    int64_t clipped_low = 0, clipped_high = 0;
 
     over_tokens(b, [&](int64_t i, int n) {
       const uint16_t* bits = words + i / W;
@@ -311,6 +322,12 @@ class PolicyLoss {
         if (!plain && dref) Ops::store(dref + i, none, n);
         if (!plain && dent) Ops::store(dent + i, none, n);
         return;
+      }
+      if (fetches) {
+        for (int k = 0; k < Ops::kWidth; k += 16) {
+          __builtin_prefetch(next + i + k, 0, 2);
+          __builtin_prefetch(next_old + i + k, 0, 2);
+        }
       }
       const M on = Ops::lanes(bits);
       const auto keep = [&](V x) { return select(on, x, none); };
@@ -338,8 +355,8 @@ class PolicyLoss {
         if (dlogprob) Ops::store(dlogprob + i, keep(weight * x.direct), n);
       }
       if (clips) {
-        clipped_low -= Ops::fold_sum(on & (x.ratio < Ops::splat(clip.low)) & (t.advantage < none));
-        clipped_high -= Ops::fold_sum(on & (x.ratio > Ops::splat(clip.high)) & (t.advantage > none));
+        clipped_low += Ops::count(on & (x.ratio < Ops::splat(clip.low)) & (t.advantage < none));
+        clipped_high += Ops::count(on & (x.ratio > Ops::splat(clip.high)) & (t.advantage > none));
       }
       if constexpr (!plain) {
         if (o.kl != policy::Kl::none) kl.add(keep(x.kl));
@@ -372,10 +389,8 @@ class PolicyLoss {
     out.kept = kept.total();
     out.entropy = entropy.total();
     out.bonus_entropy = top ? bonus_entropy.total() : out.entropy;
-    for (int i = 0; i < W; ++i) {
-      out.clipped_low += clipped_low[i];
-      out.clipped_high += clipped_high[i];
-    }
+    out.clipped_low = clipped_low;
+    out.clipped_high = clipped_high;
     if (own_ratio) {
       out.ratio_max = reduce_max(most_ratio);
       out.ratio_min = -reduce_max(-least_ratio);
