@@ -191,18 +191,17 @@ template <class St> struct Decode {
     }
   }
   // The queries of head h's rows [first, first + n), counted through all sequences, as left operands.
-  void pack_queries(int64_t h, int64_t first, int64_t n, St* copy, T* q) const {
+  void pack_queries(int64_t h, int64_t first, int64_t n, T* q) const {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t b = (first + i) / rows, r = (first + i) % rows;
-      memcpy((void*)(copy + i * D), at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), D * sizeof(St));
+      Products<T>::pack_row(at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), i, D, q);
     }
-    Products<T>::pack_q(copy, D, n, D, q);
   }
   void packed_split(int64_t b, int64_t index, int64_t h, float* scratch, float* result) const {
     const int64_t base = index * kSplit;
     T* q = (T*)scratch;
     scratch += of(Mm::size_a(kBlockRows, D));
-    pack_queries(h, b * rows, rows, (St*)scratch, q);
+    pack_queries(h, b * rows, rows, q);
     Range sees[kBlockRows];
     for (int64_t r = 0; r < rows; ++r) sees[r] = seen(b, r);
     blocks(b, h, base, least(kSplit, keys.count(b) - base), rows, q, sees, scratch, partial(result, rows));
@@ -219,9 +218,9 @@ template <class St> struct Decode {
     Scratch<Range> sees(n);
     for (int64_t i = 0; i < n; ++i) sees[i] = seen(i / rows, i % rows);
     const int64_t strips = (n + Block::kRows - 1) / Block::kRows;
-    parallel_for(p.threads, H * strips, [&](int64_t item, int thread) {
+    parallel_for(p.threads, H * strips, [&](int64_t item, int) {
       const int64_t h = item / strips, r = item % strips * Block::kRows;
-      pack_queries(h, r, least(Block::kRows, n - r), (St*)(scratch + thread * floats), q + (h * panels + r) * Mm::padded_k(D));
+      pack_queries(h, r, least(Block::kRows, n - r), q + (h * panels + r) * Mm::padded_k(D));
     });
     Scratch<float> results(wave * H * shared_floats());
     for (int64_t done = 0; done < shared; done += wave) {  // some at a time: their results stay in cache

@@ -2,8 +2,9 @@
 //
 //   s_ij = scale q_i . k_j,  lse_i = log sum_j e^(s_ij),  o_i = sum_j e^(s_ij - lse_i) v_j        (csrc/include/attention.h)
 //
-// One pair (sequence, key head) has R = G * S rows: query i of head g of the group is row g * S + i. K and V are packed
-// once per pair; then every item takes a chunk of a pair's rows over all splits of keys they see:
+// One pair (sequence, key head) has R = S * G rows: query i of head g of the group is row i * G + g, as they lie in memory,
+// so that a block's rows are few positions and see nearly the same keys. K and V are packed once per pair; then every item
+// takes a chunk of a pair's rows over all splits of keys they see:
 //   for each split:  for each block of kRows rows:  S = Q K^T, softmax, O_split = P V, merge      (attention_split.h)
 // so that a split (256 KiB of K and V at D = 128 in bf16) stays in L2 while the chunk's blocks pass over it.
 // Large pairs are packed by all threads and worked on in chunks, heavy chunks first. A pair that is a small part of the
@@ -22,6 +23,7 @@ template <class St> struct Forward {
   using Mm = Gemm<T>;
   using Block = SplitBlock<T>;
   static constexpr int64_t kRows = Block::kRows, kMaxRows = 8 * kRows;  // rows of a block and of the largest chunk
+  static constexpr int64_t kRank = 64;                                  // keys that are nothing to the order of chunks
   static constexpr int64_t kPackedBytes = 256 << 20;                    // packed K and V held at a time
 
   const AttentionShape& p;
@@ -41,7 +43,7 @@ template <class St> struct Forward {
   // Scratch of one thread.
   struct Local {
     T* q;          // packed rows of the chunk
-    St* rows;      // [kMaxRows, D] rows of a chunk that spans heads; [kSplit, max(D, Dv)] of a split in pages
+    St* rows;      // [kSplit, max(D, Dv)] of a split in pages
     float* o;      // [kMaxRows, ldo]
     float* block;  // SplitBlock's
   };
@@ -78,8 +80,8 @@ template <class St> struct Forward {
     float m[kMaxRows], l[kMaxRows];
     int64_t first = n, last = 0, last_split[kMaxRows / kRows];  // of each block of rows; -1: none of its rows sees a key
     for (int64_t& x : last_split) x = -1;
-    for (int64_t r = 0, i = r0 % S; r < rows; ++r, i = i + 1 == S ? 0 : i + 1) {
-      seen[r] = visible_keys(p, i + n - S, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      seen[r] = r > 0 && (r0 + r) % G > 0 ? seen[r - 1] : visible_keys(p, (r0 + r) / G + n - S, n);
       m[r] = -INFINITY, l[r] = 0.0f;
       if (seen[r].lo == seen[r].hi) continue;
       first = least(first, seen[r].lo), last = most(last, seen[r].hi);
@@ -102,9 +104,9 @@ template <class St> struct Forward {
     int64_t packed_rows = 0;
     const auto scores = [&](const Unit& u, int place) {
       if (u.row + u.rows > packed_rows) {
-        pack_queries(b, kv_head, r0 + packed_rows, u.row + u.rows - packed_rows, x.rows, x.q + packed_rows * Mm::padded_k(D));
-        packed_rows = u.row + u.rows;
-        fetch_queries(b, kv_head, r0 + packed_rows, least(kRows, rows - packed_rows));
+        for (; packed_rows < u.row + u.rows; ++packed_rows)
+          Products<T>::pack_row(query(b, kv_head, r0 + packed_rows), packed_rows, D, x.q);
+        for (int64_t r = packed_rows; r < least(packed_rows + kRows, rows); ++r) fetch_query(query(b, kv_head, r0 + r));
       }
       block.scores(u, block.places[place], x.q, packed.k + u.split * k_split);
     };
@@ -115,9 +117,8 @@ template <class St> struct Forward {
       block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
     };
     const auto finish = [&](int64_t row, int64_t count) {
-      int64_t i = (r0 + row) % S, h = kv_head * G + (r0 + row) / S;
-      for (int64_t r = row; r < row + count; ++r, ++i) {
-        if (i == S) i = 0, ++h;
+      for (int64_t r = row; r < row + count; ++r) {
+        const int64_t i = (r0 + r) / G, h = kv_head * G + (r0 + r) % G;
         finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
                    at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
       }
@@ -151,33 +152,17 @@ template <class St> struct Forward {
   }
 
   const St* query(int64_t b, int64_t kv_head, int64_t r) const {
-    return at<St>(io.q, io.q_stride, b, io.first(b) + r % io.length(b), kv_head * G + r / io.length(b));
+    return at<St>(io.q, io.q_stride, b, io.first(b) + r / G, kv_head * G + r % G);
   }
-  // Into L2, while something else is worked on: rows lie far apart, where the hardware's prefetcher does not follow.
-  void fetch_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows) const {
-    const char* row = (const char*)query(b, kv_head, r0);
-    rows = least(rows, io.length(b) - r0 % io.length(b));  // those of one head
-    for (int64_t r = 0; r < rows; ++r, row += io.q_stride[1] * (int64_t)sizeof(St))
-      for (int64_t d = 0; d < D * (int64_t)sizeof(St); d += 64) __builtin_prefetch(row + d, 0, 2);
-  }
-  void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, St* copy, T* to) const {
-    const int64_t S = io.length(b);
-    if (r0 % S + rows <= S) return Products<T>::pack_q(query(b, kv_head, r0), io.q_stride[1], rows, D, to);
-    for (int64_t r = 0; r < rows; ++r) memcpy((void*)(copy + r * D), query(b, kv_head, r0 + r), D * sizeof(St));
-    Products<T>::pack_q(copy, D, rows, D, to);
+  // Into L2, while something else is worked on: positions lie far apart, where the hardware's prefetcher does not follow.
+  void fetch_query(const St* row) const {
+    for (int64_t d = 0; d < D * (int64_t)sizeof(St); d += 64) __builtin_prefetch((const char*)row + d, 0, 2);
   }
 
-  // Chunks of a pair's rows: they lie within a head where a head has enough rows, else they run across the group's heads.
   template <class F> void each_chunk(int64_t b, int64_t chunk_rows, const F& body) const {
-    const int64_t S = io.length(b), R = rows(b), span = S > chunk_rows ? S : R;
-    for (int64_t first = 0; first < R; first += span)
-      for (int64_t r = 0; r < span; r += chunk_rows) body(first + r, first + least(span, r + chunk_rows));
+    for (int64_t r = 0; r < rows(b); r += chunk_rows) body(r, least(rows(b), r + chunk_rows));
   }
-  int64_t count_chunks(int64_t b, int64_t chunk_rows) const {
-    int64_t n = 0;
-    each_chunk(b, chunk_rows, [&](int64_t, int64_t) { ++n; });
-    return n;
-  }
+  int64_t count_chunks(int64_t b, int64_t chunk_rows) const { return (rows(b) + chunk_rows - 1) / chunk_rows; }
 
   void run() const {
     if (H == 0 || G == 0) return;
@@ -231,20 +216,19 @@ template <class St> struct Forward {
     int64_t chunk_rows = kMaxRows, longest = 0;
     // 12 a thread: with 8, the last ones to end cost two threads 3-6 % at 512 tokens.
     while (chunk_rows > kRows && chunks(chunk_rows) < 12 * p.threads) chunk_rows = round_up(chunk_rows / 2, kRows);
-    for (int64_t i = begin; i < end; ++i) longest = most(longest, splits(order[i / H]));
+    for (int64_t i = begin; i < end; ++i) longest = most(longest, (keys.count(order[i / H]) + kRank - 1) / kRank);
 
     Scratch<T> packed(held * (k_split + v_split));
     Scratch<Packed> pairs(end - begin);
     Scratch<Split> packs(held);
     Scratch<Item> items(chunks(chunk_rows));
-    Scratch<int64_t> places(longest + 2);  // items by the splits up to their last row's last key, most first
+    Scratch<int64_t> places(longest + 2);  // items by their last row's last key, in units of kRank, farthest first
     memset(places, 0, (longest + 2) * sizeof(int64_t));
     const auto each = [&](const auto& body) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = order[i / H], S = io.length(b), n = keys.count(b);
         each_chunk(b, chunk_rows, [&](int64_t r0, int64_t r1) {
-          const int64_t p1 = r0 / S == (r1 - 1) / S ? (r1 - 1) % S + n - S : n - 1;
-          body(i - begin, r0, r1, longest - (visible_keys(p, p1, n).hi + kSplit - 1) / kSplit);
+          body(i - begin, r0, r1, longest - (visible_keys(p, (r1 - 1) / G + n - S, n).hi + kRank - 1) / kRank);
         });
       }
     };

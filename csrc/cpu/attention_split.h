@@ -25,9 +25,10 @@ template <class T> struct Products;
 // first rows and its last keys. A panel of Q is 12 rows as they lie: to transpose them cost 5 % of a forward of 512.
 template <> struct Products<float> {
   using Mm = Gemm<float>;
-  template <class S> static void pack_q(const S* src, int64_t stride, int64_t rows, int64_t D, float* to) {
-    for (int64_t r = 0; r < rows; ++r, src += stride, to += D)
-      for (int64_t d = 0; d < D; d += W) store_n(to + d, load_n(src + d, (int)least(W, D - d)), (int)least(W, D - d));
+  // Row r of Q into its place.
+  template <class S> static void pack_row(const S* src, int64_t r, int64_t D, float* to) {
+    to += r * D;
+    for (int64_t d = 0; d < D; d += W) store_n(to + d, load_n(src + d, (int)least(W, D - d)), (int)least(W, D - d));
   }
   // S = Q K^T
   void scores(const Unit& u, int64_t D, const float* q, const float* k, float* s) {
@@ -75,8 +76,10 @@ template <> struct Products<bf16> {
   using Mm = Gemm<bf16>;
   static constexpr int64_t kTile = Mm::kTile;
 
-  template <class S> static void pack_q(const S* src, int64_t stride, int64_t rows, int64_t D, bf16* to) {
-    Mm::pack_a(src, stride, rows, D, to);
+  static void pack_row(const bf16* src, int64_t r, int64_t D, bf16* to) {
+    to += r / 32 * 32 * Mm::padded_k(D) + r % 32 * 32;
+    for (int64_t d = 0; d < D; d += 32, to += 32 * 32)
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(D - d < 32 ? (__mmask32)((1u << (D - d)) - 1) : ~0u, src + d));
   }
   void scores(const Unit& u, int64_t D, const bf16* q, const bf16* k, float* s) {
     const int64_t panel = 32 * Mm::padded_k(D);
