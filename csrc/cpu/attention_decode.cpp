@@ -176,18 +176,15 @@ template <class St> struct Decode {
     scratch += of(Mm::size_b(kSplit, D) + Mm::size_b(Dv, kSplit));
     pack_split<St>(keys, b, h, base, count, D, Dv, (St*)scratch, k, v);
     Block block(p, scratch + kSplit * round_up(most(D, Dv), 16));
-    typename Block::Place& place = block.places[0];
     for (int64_t r = 0; r < n; r += Block::kRows) {
       Unit u{base / kSplit, r, least(Block::kRows, n - r), 0, 0};
       const bool any = Block::bounds(u, sees, count);
       if (any) {
-        block.scores(u, place, q, k);
-        block.products.finish();
-        block.softmax(u, place, sees, count);
-        block.values(u, place, v, count, result.o + r * ldo);
-        block.products.finish();
+        block.scores(u, q + r * Mm::padded_k(D), k);
+        block.softmax(u, sees, count);
+        block.values(u, v, count, result.o + r * ldo);
       }
-      for (int64_t i = 0; i < u.rows; ++i) result.m[r + i] = any ? place.ms[i] : -INFINITY, result.l[r + i] = any ? place.ls[i] : 0.0f;
+      for (int64_t i = 0; i < u.rows; ++i) result.m[r + i] = any ? block.ms[i] : -INFINITY, result.l[r + i] = any ? block.ls[i] : 0.0f;
     }
   }
   // The queries of head h's rows [first, first + n), counted through all sequences, as left operands.

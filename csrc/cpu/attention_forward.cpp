@@ -23,7 +23,6 @@ template <class St> struct Forward {
   using Mm = Gemm<T>;
   using Block = SplitBlock<T>;
   static constexpr int64_t kRows = Block::kRows, kMaxRows = 8 * kRows;  // rows of a block and of the largest chunk
-  static constexpr int64_t kRank = 64;                                  // keys that are nothing to the order of chunks
   static constexpr int64_t kPackedBytes = 256 << 20;                    // packed K and V held at a time
 
   const AttentionShape& p;
@@ -76,89 +75,64 @@ template <class St> struct Forward {
   // Rows [r0, r1) of a pair against its packed splits.
   void chunk(int64_t b, int64_t kv_head, int64_t r0, int64_t r1, const Packed& packed, const Local& x) const {
     const int64_t S = io.length(b), n = keys.count(b), rows = r1 - r0;
+    // body(row, position, head) for rows [from, end)
+    const auto each_row = [&](int64_t from, int64_t end, const auto& body) {
+      int64_t i = (r0 + from) / G, g = (r0 + from) % G;  // counted on: a division takes as long as a row's packing
+      for (int64_t r = from; r < end; ++r) {
+        body(r, i, kv_head * G + g);
+        if (++g == G) g = 0, ++i;
+      }
+    };
     Range seen[kMaxRows];
     float m[kMaxRows], l[kMaxRows];
     int64_t first = n, last = 0, last_split[kMaxRows / kRows];  // of each block of rows; -1: none of its rows sees a key
     for (int64_t& x : last_split) x = -1;
-    for (int64_t r = 0; r < rows; ++r) {
-      seen[r] = r > 0 && (r0 + r) % G > 0 ? seen[r - 1] : visible_keys(p, (r0 + r) / G + n - S, n);
-      m[r] = -INFINITY, l[r] = 0.0f;
-      if (seen[r].lo == seen[r].hi) continue;
-      first = least(first, seen[r].lo), last = most(last, seen[r].hi);
-      last_split[r / kRows] = most(last_split[r / kRows], (seen[r].hi - 1) / kSplit);
+    for (int64_t r = 0, i = r0 / G; r < rows; ++i) {
+      const Range here = visible_keys(p, i + n - S, n);
+      const bool any = here.lo < here.hi;
+      if (any) first = least(first, here.lo), last = most(last, here.hi);
+      for (const int64_t end = least(rows, (i + 1) * G - r0); r < end; ++r) {
+        seen[r] = here, m[r] = -INFINITY, l[r] = 0.0f;
+        if (any) last_split[r / kRows] = most(last_split[r / kRows], (here.hi - 1) / kSplit);
+      }
     }
 
-    // Units: for each split, for each block of kRows rows. While one is in its softmax, the one before multiplies its
-    // values and the one after its scores.
     Block block(p, x.block);
-    const auto count = [&](const Unit& u) { return least(kSplit, n - u.split * kSplit); };
-    const auto next = [&](Unit& u) {
-      do {
-        u.row += kRows;
-        if (u.row >= rows) u.row = 0, ++u.split;
-        if (u.split * kSplit >= last) return false;
-        u.rows = least(kRows, rows - u.row);
-      } while (!block.bounds(u, seen, count(u)));
-      return true;
-    };
-    int64_t packed_rows = 0;
-    const auto scores = [&](const Unit& u, int place) {
-      if (u.row + u.rows > packed_rows) {
-        for (; packed_rows < u.row + u.rows; ++packed_rows)
-          Products<T>::pack_row(query(b, kv_head, r0 + packed_rows), packed_rows, D, x.q);
-        for (int64_t r = packed_rows; r < least(packed_rows + kRows, rows); ++r) fetch_query(query(b, kv_head, r0 + r));
-      }
-      block.scores(u, block.places[place], x.q, packed.k + u.split * k_split);
-    };
-    bool fresh = false;  // no row of the unit has a result yet: the split's is the result
-    const auto values = [&](const Unit& u, int place) {
-      fresh = true;
-      for (int64_t r = u.row; r < u.row + u.rows; ++r) fresh &= m[r] == -INFINITY;
-      block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
-    };
-    const auto finish = [&](int64_t row, int64_t count) {
-      for (int64_t r = row; r < row + count; ++r) {
-        const int64_t i = (r0 + r) / G, h = kv_head * G + (r0 + r) % G;
-        finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
+    const auto finish = [&](int64_t row, int64_t end, const float* o) {
+      each_row(row, end, [&](int64_t r, int64_t i, int64_t h) {
+        finish_row(block.transform, m[r], l[r], o + (r - row) * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
                    at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
-      }
+      });
     };
-    const auto merge = [&](const Unit& u, int place) {
-      const typename Block::Place& y = block.places[place];
-      for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
-        if (fresh) m[r] = y.ms[i], l[r] = y.ls[i];
-        else if (y.ms[i] != -INFINITY)
-          merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
+    for (int64_t split = first / kSplit; split * kSplit < last; ++split)
+      for (int64_t row = 0; row < rows; row += kRows) {
+        Unit u{split, row, least(kRows, rows - row), 0, 0};
+        const int64_t end = row + u.rows, count = least(kSplit, n - split * kSplit);
+        if (!block.bounds(u, seen, count)) continue;
+        bool fresh = true;  // no row of the block has a result yet: the split's is the result
+        for (int64_t r = row; r < end; ++r) fresh &= m[r] == -INFINITY;
+        T* q = x.q + row * Mm::padded_k(D);
+        if (fresh)
+          each_row(row, end, [&](int64_t r, int64_t i, int64_t h) {
+            Products<T>::pack_row(at<St>(io.q, io.q_stride, b, io.first(b) + i, h), r - row, D, q);
+          });
+        float* o = fresh ? x.o + row * ldo : block.o_split;
+        block.scores(u, q, packed.k + split * k_split);
+        block.softmax(u, seen, count);
+        block.values(u, packed.v + split * v_split, count, o);
+        for (int64_t i = 0, r = row; r < end; ++i, ++r) {
+          if (fresh) m[r] = block.ms[i], l[r] = block.ls[i];
+          else if (block.ms[i] != -INFINITY)
+            merge_row(block.transform, m + r, l + r, x.o + r * ldo, block.ms[i], block.ls[i], o + i * ldo, ldo);
+        }
+        if (split == last_split[row / kRows]) finish(row, end, x.o + row * ldo);
       }
-      if (u.split == last_split[u.row / kRows]) finish(u.row, u.rows);
-    };
-    Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
-    int place = 0;
-    bool going = next(now), any = false;
-    if (going) scores(now, place), block.products.finish();
-    for (; going; place ^= 1, any = true) {
-      after = now;
-      going = next(after);
-      if (any) values(before, place ^ 1);
-      if (going) scores(after, place ^ 1);
-      block.softmax(now, block.places[place], seen, count(now));
-      block.products.finish();
-      if (any) merge(before, place ^ 1);
-      before = now, now = after;
-    }
-    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
-    for (int64_t i = 0; i * kRows < rows; ++i)
-      if (last_split[i] < 0) finish(i * kRows, least(kRows, rows - i * kRows));  // no key seen
+    for (int64_t row = 0; row < rows; row += kRows)
+      if (last_split[row / kRows] < 0) finish(row, least(row + kRows, rows), x.o + row * ldo);  // no key seen
   }
 
-  const St* query(int64_t b, int64_t kv_head, int64_t r) const {
-    return at<St>(io.q, io.q_stride, b, io.first(b) + r / G, kv_head * G + r % G);
-  }
-  // Into L2, while something else is worked on: positions lie far apart, where the hardware's prefetcher does not follow.
-  void fetch_query(const St* row) const {
-    for (int64_t d = 0; d < D * (int64_t)sizeof(St); d += 64) __builtin_prefetch((const char*)row + d, 0, 2);
-  }
-
+  // A single split stays in L2 anyway, and so do queries and results of small chunks (4 % at 512 tokens).
+  static int64_t chunk_rows_of(int64_t splits) { return splits > 1 ? kMaxRows : kRows; }
   template <class F> void each_chunk(int64_t b, int64_t chunk_rows, const F& body) const {
     for (int64_t r = 0; r < rows(b); r += chunk_rows) body(r, least(rows(b), r + chunk_rows));
   }
@@ -196,7 +170,7 @@ template <class St> struct Forward {
       const int64_t b = order[p.batch - 1 - item / H], h = item % H;
       const Packed x = packed_at(packed + thread * buffer, b);
       for (int64_t split = 0; split < splits(b); ++split) pack(b, h, split, x, mine(thread));
-      each_chunk(b, kMaxRows, [&](int64_t r0, int64_t r1) { chunk(b, h, r0, r1, x, mine(thread)); });
+      each_chunk(b, chunk_rows_of(splits(b)), [&](int64_t r0, int64_t r1) { chunk(b, h, r0, r1, x, mine(thread)); });
     });
   }
 
@@ -213,22 +187,23 @@ template <class St> struct Forward {
       for (int64_t i = begin; i < end; ++i) n += count_chunks(order[i / H], chunk_rows);
       return n;
     };
-    int64_t chunk_rows = kMaxRows, longest = 0;
+    int64_t longest = 0;
+    for (int64_t i = begin; i < end; ++i) longest = most(longest, splits(order[i / H]));
+    int64_t chunk_rows = chunk_rows_of(longest);
     // 12 a thread: with 8, the last ones to end cost two threads 3-6 % at 512 tokens.
     while (chunk_rows > kRows && chunks(chunk_rows) < 12 * p.threads) chunk_rows = round_up(chunk_rows / 2, kRows);
-    for (int64_t i = begin; i < end; ++i) longest = most(longest, (keys.count(order[i / H]) + kRank - 1) / kRank);
 
     Scratch<T> packed(held * (k_split + v_split));
     Scratch<Packed> pairs(end - begin);
     Scratch<Split> packs(held);
     Scratch<Item> items(chunks(chunk_rows));
-    Scratch<int64_t> places(longest + 2);  // items by their last row's last key, in units of kRank, farthest first
+    Scratch<int64_t> places(longest + 2);  // items by the splits up to their last row's last key, most first
     memset(places, 0, (longest + 2) * sizeof(int64_t));
     const auto each = [&](const auto& body) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = order[i / H], S = io.length(b), n = keys.count(b);
         each_chunk(b, chunk_rows, [&](int64_t r0, int64_t r1) {
-          body(i - begin, r0, r1, longest - (visible_keys(p, (r1 - 1) / G + n - S, n).hi + kRank - 1) / kRank);
+          body(i - begin, r0, r1, longest - (visible_keys(p, (r1 - 1) / G + n - S, n).hi + kSplit - 1) / kSplit);
         });
       }
     };
