@@ -216,14 +216,17 @@ template <class St> struct Forward {
       for (int64_t split = 0; split < n; ++split) packs[done + split] = {i - begin, split};
       done += n;
     }
-    parallel_for(p.threads, held, [&](int64_t item, int thread) {
+    parallel_for_near(p.threads, held, [&](int64_t item, int thread) {
       const Split& x = packs[item];
       pack(order[(begin + x.pair) / H], (begin + x.pair) % H, x.split, pairs[x.pair], mine(thread));
     });
-    parallel_for(p.threads, chunks(chunk_rows), [&](int64_t item, int thread) {
+    const auto work = [&](int64_t item, int thread) {
       const Item& x = items[item];
       chunk(order[(begin + x.pair) / H], (begin + x.pair) % H, x.r0, x.r1, pairs[x.pair], mine(thread));
-    });
+    };
+    // Items of one split go pair by pair: each thread's are of the pairs it packed.
+    if (longest == 1) parallel_for_near(p.threads, chunks(chunk_rows), work);
+    else parallel_for(p.threads, chunks(chunk_rows), work);
   }
 };
 
