@@ -81,9 +81,7 @@ template <> struct Products<bf16> {
     Store last;
     for (int64_t n = u.k0; n < u.k1; n += 32)
       for (int64_t m = 0; m < u.rows; m += 32) {
-        const bf16 *a = q + m * Dp, *b = k + n * Dp;
-        if (Dp == 128) block<false, 4>(4, a, b, last);
-        else block<false, 1>(Dp / 32, a, b, last);
+        block<false>(Dp / 32, q + m * Dp, k + n * Dp, last);
         last = {s + m * kLd + n, kLd};
       }
     finish(last);
@@ -94,7 +92,7 @@ template <> struct Products<bf16> {
     Store last;
     for (int64_t m = 0; m < u.rows; m += 32)
       for (int64_t n = 0; n < N; n += 32) {
-        block<true, 1>(steps, probs + m * kSplit + u.k0 * 32, v + n * keys + u.k0 * 32, last);
+        block<true>(steps, probs + m * kSplit + u.k0 * 32, v + n * keys + u.k0 * 32, last);
         last = {o + m * N + n, N};
       }
     finish(last);
@@ -116,7 +114,7 @@ template <> struct Products<bf16> {
   // 32 x 32 results in tiles 0 to 3. Those of the block before are stored one by one between the first products of this one:
   // four stores in a row keep the tile unit waiting for 41 of the 195 cycles of a depth of four, stores between products cost
   // nothing.
-  template <bool kStream, int kUnroll>
+  template <bool kStream>
   static __attribute__((always_inline)) void block(int64_t steps, const bf16* a, const bf16* b, const Store& last) {
     tile_fence();
     load<kStream>(a, b);
@@ -142,11 +140,7 @@ template <> struct Products<bf16> {
       _tile_zero(3);
       multiply();
     }
-    if constexpr (kUnroll > 1) {
-#pragma GCC unroll 8
-      for (int i = 1; i < kUnroll; ++i) load<kStream>(a + i * 2 * kTile, b + i * 2 * kTile), multiply();
-    } else
-      for (int64_t i = 1; i < steps; ++i) load<kStream>(a += 2 * kTile, b += 2 * kTile), multiply();
+    for (int64_t i = 1; i < steps; ++i) load<kStream>(a += 2 * kTile, b += 2 * kTile), multiply();
   }
   template <bool kStream> static __attribute__((always_inline)) void load(const bf16* a, const bf16* b) {
     _tile_loadd(4, a, 64);
