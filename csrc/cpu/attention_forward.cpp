@@ -131,7 +131,7 @@ template <class St> struct Forward {
       if (last_split[row / kRows] < 0) finish(row, least(row + kRows, rows), x.o + row * ldo);  // no key seen
   }
 
-  // A single split stays in L2 anyway, and so do queries and results of small chunks (4 % at 512 tokens).
+  // A single split stays in L2 anyway, and so do queries and results of small chunks.
   static int64_t chunk_rows_of(int64_t splits) { return splits > 1 ? kMaxRows : kRows; }
   template <class F> void each_chunk(int64_t b, int64_t chunk_rows, const F& body) const {
     for (int64_t r = 0; r < rows(b); r += chunk_rows) body(r, least(rows(b), r + chunk_rows));

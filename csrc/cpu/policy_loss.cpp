@@ -150,7 +150,7 @@ class PolicyLoss {
   }
 
   template <class F> void for_blocks(const F& body) {
-    parallel_for<true>(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
+    parallel_for_near(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
       for (int64_t i = item * group_; i < least(count_, (item + 1) * group_); ++i) body(i);
     });
   }
@@ -158,11 +158,9 @@ class PolicyLoss {
   // body(sequence), in items of about kItem tokens.
   template <class F> void for_sequences(const F& body) {
     const int64_t B = p_.sequences, group = least(256, 1 + kItem * B / (places_ + 1));
-    const auto run = [&](int64_t item, int) {
+    parallel_for_near(threads_, (B + group - 1) / group, [&](int64_t item, int) {
       for (int64_t b = item * group; b < least(B, (item + 1) * group); ++b) body(b);
-    };
-    if (p_.cu_seqlens) parallel_for(threads_, (B + group - 1) / group, run);
-    else parallel_for<true>(threads_, (B + group - 1) / group, run);
+    });
   }
 
   void pack_pass(int64_t index) {
