@@ -488,7 +488,7 @@ def policy_loss(logprob: Tensor, old: Tensor | None, advantages: Tensor, mask: T
     steps = max(B - 1, 1).bit_length()
     rounded = struct.unpack("f", struct.pack("f", entropy_coef))[0]
     coefficient = (rounded, entropy_coef - rounded)  # a kernel's float arguments are float32: two make a float64
-    sizes: dict[str, Any] = dict(BLOCK=block, PACKED=packed, warps=8, stages=1, device=device)
+    sizes: dict[str, Any] = dict(BLOCK=block, PACKED=packed, warps=4, stages=1, device=device)
 
     def stride(x: Tensor | None) -> int:
         return 0 if x is None or packed and x.dim() == 1 and x is not advantages else x.stride(0)

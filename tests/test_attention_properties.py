@@ -117,8 +117,8 @@ class Call:
         few = max(3, min(16, 1000 // (1 + self.B * self.H * min(self.S, self.T))))
         return max(few, 200 // self.H) if self.sinks else few  # a sink has one gradient a head
 
-    def keys_seen(self) -> tuple[float, float]:
-        """How many keys a query sees: the lowest tenth's most (of those that see any), and the largest number."""
+    def keys_seen(self) -> float:
+        """How many keys a query sees: the lowest tenth's most (of those that see any)."""
         mask = {name: x for name, x in self.options.items() if name in ("causal", "window", "chunk")}
         inputs = {name: x[..., :1] * 0 if name in "qkv" else x for name, x in self.inputs(Draw(0)).items() if name != "sinks"}
         for name, layout, heads in zip("qkv", self.layouts, (self.H, self.Hkv, self.Hkv)):
@@ -126,7 +126,7 @@ class Call:
         _, lse = torch_attention(**inputs, **mask)  # every score is 0
         seen = lse.exp().flatten()
         seen = seen[seen > 0].round()
-        return (float(seen.quantile(0.1)), float(seen.max())) if seen.numel() else (0.0, 0.0)
+        return float(seen.quantile(0.1)) if seen.numel() else 0.0
 
     def case(self) -> Case:
         def ours(*args: Any, **more: Any) -> Any:
@@ -135,10 +135,8 @@ class Call:
         def torchs(*args: Any, **more: Any) -> Any:
             return torch_attention(*args, **more, sdpa=few >= 8 and self.S >= 8)
 
-        few, most = self.keys_seen()
+        few = self.keys_seen()
         names = ("q", "k", "v", "sinks") if self.sinks else ("q", "k", "v")
-        if most <= 1 and self.dtype == torch.float32:
-            names = ()  # a probability of exactly 1 leaves the baseline without any error, and e^(s − lse) two ulp
         return Case("attention", f"seed {self.seed}: {self}", self.inputs, self.run(ours), names, self.run(torchs))
 
 
@@ -201,8 +199,13 @@ def random_call(seed: int) -> Call:
 
 
 def assert_within(case: Case, dtype: torch.dtype, seed: int, draws: int) -> None:
-    results = list(evaluate(case, "cpu", dtype, seed=seed, draws=draws))
-    wrong = [r.comparison.message for r in results if r.comparison is not None and r.comparison.message]
+    """The rule compares two maxima. Over few numbers the baseline's may be a lucky one (by a factor of 2 once in 300 calls, over
+    200 numbers), so what breaks the rule is judged again over eight times as many draws, the first ones among them."""
+    for many in (draws, 8 * draws):
+        results = list(evaluate(case, "cpu", dtype, seed=seed, draws=many))
+        wrong = [r.comparison.message for r in results if r.comparison is not None and r.comparison.message]
+        if not wrong:
+            break
     assert not wrong, "\n".join(wrong)
     assert not any(r.skipped for r in results), results[0].skipped
 

@@ -63,12 +63,25 @@ def _check(case: Case, name: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("N,D,V", [(3, 9, 50257), (70001, 5, 7), (20, 33, 1), (96, 48, 7919)])
+@pytest.mark.parametrize("N,D,V", [(3, 9, 50257), (70001, 5, 7), (20, 33, 1), (96, 48, 7919), (250, 1250, 701)])
 def test_any_size(dtype: torch.dtype, N: int, D: int, V: int) -> None:
     _check(_case(N + V, dtype, N, D, V, ignored=0.3 if N > 3 else 0.0), f"N={N} D={D} V={V}")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("N,V", [(33, 40), (205, 901)])
+def test_gradients_asked_for_alone(dtype: torch.dtype, N: int, V: int) -> None:
+    """dhidden alone, dweight alone and without dbias: the bits they have together."""
+    case = _case(N, dtype, N, 70, V)
+    together = _ours(case)[2:]
+    for wanted in ([0], [1], [2], [0, 1], [1, 2]):
+        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(case[0])]
+        out = tk.linear_logprob(leaves[0], leaves[1], case[1], bias=leaves[2])
+        for i, found in zip(wanted, torch.autograd.grad(out, [leaves[i] for i in wanted], case[2]), strict=True):
+            assert_bitwise(found, together[i], f"{RESULTS[2 + i]} of {wanted}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [128256, 151936])
 def test_real_vocabularies(dtype: torch.dtype, V: int) -> None:

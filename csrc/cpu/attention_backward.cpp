@@ -117,6 +117,7 @@ template <class St> struct Backward {
     T* q;              // [G, q_blocks] of q_size
     T* k;              // [k_blocks] of k_size
     float* logit;      // [G, rows] lse, as Grad<T> wants it
+    float* rest;       // [G, rows] what it lacks, where that is known
     float* dot;        // [G, rows] <dO, O>
     float* dlse;       // [G, rows]
     float* gate;       // [G, rows]
@@ -124,7 +125,7 @@ template <class St> struct Backward {
   };
   int64_t pair_bytes(int64_t q_blocks, int64_t k_blocks) const {
     const int64_t rows = q_blocks * kQueries;
-    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 4 * G * rows * 4 +
+    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 5 * G * rows * 4 +
                     QueryRanges::floats(rows, kGroup) * 4, 4096);
   }
   Pair pair_at(const Sequence* order, int64_t pair, char* base) const {
@@ -133,7 +134,8 @@ template <class St> struct Backward {
     T* q = (T*)base;
     T* k = q + G * s.q_blocks * q_size;
     float* logit = (float*)(k + s.k_blocks * k_size);
-    Pair x{s, pair % p.kv_heads, rows, q, k, logit, logit + G * rows, logit + 2 * G * rows, logit + 3 * G * rows, {}};
+    Pair x{s, pair % p.kv_heads, rows, q, k, logit, logit + G * rows, logit + 2 * G * rows,
+           logit + 3 * G * rows, logit + 4 * G * rows, {}};
     x.seen.place((int32_t*)(x.gate + G * rows), rows, kGroup);
     return x;
   }
@@ -154,7 +156,7 @@ template <class St> struct Backward {
     Mm::pack_b_t(src, p.dout_stride[1], Dv, count, q + q_across + q_down + o_across);
 
     const int64_t offset = g * x.rows + block * kQueries;
-    float *logit = x.logit + offset, *dot = x.dot + offset, *dlse = x.dlse + offset, *gate = x.gate + offset;
+    float *logit = x.logit + offset, *rest = x.rest + offset, *dot = x.dot + offset, *dlse = x.dlse + offset, *gate = x.gate + offset;
     int32_t one_key[kQueries] = {};
     for (int64_t r = 0; r < count; ++r) {
       const Range seen = visible_keys(p, i0 + r + x.s.n - x.s.S, x.s.n);
@@ -166,13 +168,27 @@ template <class St> struct Backward {
       const int64_t row = (x.s.row + i0 + r) * p.heads + h;
       const float lse = r < count ? p.lse[row] : -INFINITY;
       if (lse == -INFINITY) {
-        logit[r] = dot[r] = dlse[r] = gate[r] = 0.0f;
+        logit[r] = rest[r] = dot[r] = dlse[r] = gate[r] = 0.0f;
         continue;
       }
       logit[r] = Grad<T>::logit(lse);
+      rest[r] = Grad<T>::natural && one_key[r] ? only_score(x, h, i0 + r, logit[r]) : 0.0f;
       gate[r] = p.sinks ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
       dlse[r] = p.dlse ? p.dlse[row] : 0.0f;
     }
+  }
+  // A row that sees one key has p = 1, but lse is its score rounded, and e^(s - lse) would be off by what that took (2e-7 at
+  // lse = 4): this is s - lse, s computed as the product does.
+  float only_score(const Pair& x, int64_t h, int64_t i, float lse) const {
+    const int64_t j = visible_keys(p, i + x.s.n - x.s.S, x.s.n).lo;
+    const St *q = at<St>(p.q, p.q_stride, x.s.b, x.s.q + i, h), *k = at<St>(p.k, p.k_stride, x.s.b, x.s.k + x.s.start + j, x.head);
+    vf sum = zero(), chain = zero(), slope;
+    for (int64_t d = 0; d < D; d += W) {
+      const vf a = load_n(q + d, (int)least(W, D - d)), b = load_n(k + d, (int)least(W, D - d));
+      for (int u = 0; u < least(W, D - d); ++u) chain = fma(splat(a[u]), splat(b[u]), chain);
+      if ((d + W) % Gemm<float>::KB == 0 || d + W >= D) sum = d < Gemm<float>::KB ? chain : sum + chain, chain = zero();
+    }
+    return Grad<T>(transform).exponent(sum, splat(lse), &slope)[0];
   }
   // Panels past `count` columns of a block's right operand, as far as its last group reaches: zeros.
   void clear_b(T* packed, int64_t count, int64_t K) const {
@@ -211,6 +227,7 @@ template <class St> struct Backward {
     o.v_down = o.k_down + k_down;
     o.key = o.v_down + v_down;
     o.logit = x.logit + g * x.rows + qb * kQueries;
+    o.rest = x.rest + g * x.rows + qb * kQueries;
     o.dot = x.dot + g * x.rows + qb * kQueries;
     o.dlse = p.dlse ? x.dlse + g * x.rows + qb * kQueries : nullptr;
     o.gate = p.sinks ? x.gate + g * x.rows + qb * kQueries : nullptr;

@@ -53,6 +53,7 @@ template <class T> struct BlockOperands {
   const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
   const T* key;                // K for dQ
   const float *logit, *dot;    // [queries] lse (times log2(e) for bf16), <dO, O>
+  const float* rest;           // [queries] what lse lacks where that is known (float only)
   const float *dlse, *gate;    // [queries] gradient of lse; what a sink leaves of a row; null where there are none
   QueryRanges seen;
 };
@@ -65,20 +66,25 @@ template <class T> struct Grad {
   vf c;
   explicit Grad(const Transform& transform) : f(transform), c(splat(natural ? transform.factor : transform.c)) {}
   static float logit(float lse) { return natural ? lse : lse * kLog2e; }
-  // gate, if there is one, is multiplied onto p (rather than into lse, which would be rounded once more); dlse, if there is
-  // one, knows nothing of it, and joins after dp - dot, which may cancel.
-  void operator()(vf s, vf dp, vf l, vf dot, const vf* dlse, const vf* gate, vf* p, vf* ds) const {
-    vf slope = splat(1.0f);
+  // The exponent of p, and d(scaled score) / d(score) without the scale.
+  vf exponent(vf s, vf l, vf* slope) const {
+    *slope = splat(1.0f);
     if (!f.plain) {
       s = s * f.inner;
       if (f.cap != 0.0f) {
         s = tanh(s);
-        slope = fma(-s, s, slope);
+        *slope = fma(-s, s, *slope);
         s = s * f.cap;
       }
     }
-    const vf t = fma(s, c, -l);
-    *p = natural ? exp(t) : exp2_fast(t);
+    return fma(s, c, -l);
+  }
+  // gate, if there is one, is multiplied onto p (rather than into lse, which would be rounded once more); dlse, if there is
+  // one, knows nothing of it, and joins after dp - dot, which may cancel.
+  void operator()(vf s, vf dp, vf l, vf rest, vf dot, const vf* dlse, const vf* gate, vf* p, vf* ds) const {
+    vf slope;
+    const vf t = exponent(s, l, &slope);
+    *p = natural ? exp(t - rest) : exp2_fast(t);
     const vf plain_p = *p;
     if (gate) *p = *p * *gate;
     *ds = *p * (dp - dot);
@@ -108,6 +114,9 @@ template <class T> struct GradBlock;
 template <> struct GradBlock<float> {
   using Mm = Gemm<float>;
   static constexpr int64_t kQueries = 192, kKeys = 192, kGroup = 48, kPanel = 48;
+  // dP^T sums its Dv terms in chains of so many: what dP loses to rounding is half of dQ's and dK's error where a row sees a
+  // dozen keys, and one chain of 128 loses twice as much as four of 32.
+  static constexpr int64_t kStep = 32;
   static constexpr int64_t kLdq = kQueries + 16;  // rows of scores in different cache sets
 
   static int64_t key_size(int64_t D) { return Mm::size_b(D, kKeys); }
@@ -132,7 +141,7 @@ template <> struct GradBlock<float> {
           const vf x = load(dout + k * Mm::NR + c), y = load(across + k * Mm::NR + c);
           part[k % 8] = fma(x, y, part[k % 8]);
           chain = fma(x, y, chain);
-          if ((k + 1) % Mm::KB == 0 || k + 1 == Dv) sum = k < Mm::KB ? chain : sum + chain, chain = zero();
+          if ((k + 1) % kStep == 0 || k + 1 == Dv) sum = k < kStep ? chain : sum + chain, chain = zero();
         }
         for (int h = 4; h; h /= 2)
           for (int i = 0; i < h; ++i) part[i] += part[i + h];
@@ -160,8 +169,9 @@ template <> struct GradBlock<float> {
       float* dp = ds + k0 * kLdq;
       Mm::gemm_panels(rows, cb - ca, o.D, o.k_down + k0 * o.D, Mm::MR * o.D, o.q_across + ca * o.D, Mm::NR * o.D, s + ca,
                       kLdq, false);
-      Mm::gemm_panels(rows, cb - ca, o.Dv, o.v_down + k0 * o.Dv, Mm::MR * o.Dv, o.o_across + ca * o.Dv, Mm::NR * o.Dv,
-                      dp + ca, kLdq, false);
+      for (int64_t d = 0; d < o.Dv; d += kStep)
+        Mm::gemm_panels(rows, cb - ca, least(kStep, o.Dv - d), o.v_down + k0 * o.Dv + d * Mm::MR, Mm::MR * o.Dv,
+                        o.o_across + ca * o.Dv + d * Mm::NR, Mm::NR * o.Dv, dp + ca, kLdq, d > 0);
       for (int64_t g = ga; g < gb; ++g) elements(grad, o, g, k0, rows, dp);
       if (!dk) continue;
       Mm::gemm_panels<kLdq, 1>(rows, o.ldv, qb - qa, s + qa, Mm::MR * kLdq, o.o_down + qa * Mm::NR, q_panel, dv + k0 * o.ldv,
@@ -186,14 +196,15 @@ template <> struct GradBlock<float> {
     const int64_t j0 = o.first_key + k0;
     const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
     for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
-      const vf logit = load(o.logit + q), dot = load(o.dot + q);
+      const vf logit = load(o.logit + q), rest = load(o.rest + q), dot = load(o.dot + q);
       const vf dlse = o.dlse ? load(o.dlse + q) : zero(), gate = o.gate ? load(o.gate + q) : zero();
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
-        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, dot, o.dlse ? &dlse : nullptr, o.gate ? &gate : nullptr, &p, &d);
+        grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, rest, dot, o.dlse ? &dlse : nullptr, o.gate ? &gate : nullptr,
+             &p, &d);
         if (!whole) {
           const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
           p = select(in, p, zero()), d = select(in, d, zero());
@@ -312,7 +323,7 @@ template <> struct GradBlock<bf16> {
         vf p[2], d[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
-          grad(load(s + at), load(dp + at), logit[u], dot[u], o.dlse ? dlse + u : nullptr, o.gate ? gate + u : nullptr, p + u, d + u);
+          grad(load(s + at), load(dp + at), logit[u], zero(), dot[u], o.dlse ? dlse + u : nullptr, o.gate ? gate + u : nullptr, p + u, d + u);
           if (!whole) {
             const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
             p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());

@@ -81,6 +81,37 @@ inline vf exp2_fast(vf t) {
   return t;
 }
 
+#if defined(__AMX_BF16__)
+// 2^x for x <= 0 or hardly more, where the result is rounded to bf16: error 1.5e-7 (degree 4 would do for that
+// rounding, but its 3e-6 are too much for lse, which is float). scalef takes floor(x) itself, so x is cut into floor and rest,
+// and the polynomial is minimax on [0, 1] with 2^0 = 1 and 2^1 = 2 exactly: a row's largest score comes out at or a hair below
+// 0, and its exponential is 1. Nothing bounds x: only under FlushSubnormals. Every instruction counts here: a row of softmax is
+// bound by the two vector ports.
+template <int N> inline __attribute__((always_inline)) void exp2_rounded(vf* x) {
+  constexpr float kC[6] = {1.0f, 0.6931517124f, 0.2401593179f, 0.0558186695f, 0.008990994655f, 0.001879318617f};
+  vf r[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) r[i] = (vf)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = fma(splat(kC[5]), r[i], splat(kC[4]));
+#pragma GCC unroll 8
+  for (int j = 3; j >= 0; --j)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = fma(p[i], r[i], splat(kC[j]));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
+}
+
+// While one lives, results below 2^-126 are zero: as subnormals they would take 180 cycles a vector.
+struct FlushSubnormals {
+  const unsigned before = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(before | 0x8000); }
+  ~FlushSubnormals() { _mm_setcsr(before); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+#endif
+
 // How scores become exponents of two: t = c * s, after s = softcap * tanh(scale * s / softcap) where there is a cap.
 // A scale that is not positive is applied first too, so that the largest s is the largest t.
 struct Transform {
@@ -99,6 +130,10 @@ struct Transform {
 template <class T> struct Probs;
 template <> struct Probs<float> {
   static constexpr bool kRounded = false;
+  struct Mode {
+    Mode() {}
+  };
+  template <int N> static inline __attribute__((always_inline)) void exp2(vf* x) { exp2_fast<N>(x); }
   static constexpr int64_t size(int64_t) { return 0; }
   static float* row(float* scores, float*, int64_t r) { return scores + r * kLd; }
   static void put(float* row, int64_t k, const vf* x) {
@@ -109,6 +144,8 @@ template <> struct Probs<float> {
 template <> struct Probs<bf16> {
   using G = Gemm<bf16>;
   static constexpr bool kRounded = true;
+  using Mode = FlushSubnormals;
+  template <int N> static inline __attribute__((always_inline)) void exp2(vf* x) { exp2_rounded<N>(x); }
   static constexpr int64_t kPanel = G::MR * kSplit;
   static constexpr int64_t size(int64_t rows) { return rows * kSplit; }
   static bf16* row(float*, bf16* probs, int64_t r) { return probs + r / 32 * kPanel + r % 32 * 32; }
@@ -154,7 +191,7 @@ struct NoWork {
 };
 
 // Row r of a block: its transformed scores, whose maximum is m, -> probabilities over [k0, k1), zeros outside [lo, hi), and
-// their sum. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1. beside.tick() is called once a step.
+// their sum, while a Probs<T>::Mode lives. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1. beside.tick() is called once a step.
 template <class T, class Work>
 inline __attribute__((always_inline)) float row_probs(const Transform& f, float m, float* scores, T* probs, int64_t r,
                                                       const RowLines& at, int64_t k0, int64_t k1, Work& beside) {
@@ -173,7 +210,7 @@ inline __attribute__((always_inline)) float row_probs(const Transform& f, float 
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) x[i] *= c;
     }
-    exp2_fast<n, Probs<T>::kRounded ? 5 : 6>(x);
+    Probs<T>::template exp2<n>(x);
   };
   vf sum[U], x[N];
   for (int u = 0; u < U; ++u) sum[u] = x[u] = zero();
@@ -208,6 +245,7 @@ inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, 
   const RowLines at{lo, hi};
   *m = row_max(f, scores + r * kLd, at);
   NoWork none;
+  const typename Probs<T>::Mode mode;
   *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1, none);
 }
 
@@ -245,7 +283,10 @@ inline void finish_row(const Transform& f, float m, float l, const float* o, int
     *lse = -INFINITY;
     return;
   }
-  *lse = fma(splat(m), splat(f.factor), log(splat(l)))[0];
+  // In float, lse is rounded once: the backward's probabilities are e^(s - lse).
+  if constexpr (sizeof(S) == 4) *lse = (float)((double)m * f.factor + ::log((double)l));
+  else *lse = fma(splat(m), splat(f.factor), log(splat(l)))[0];
+  // By the rounded lse: a sink's gradient is a product of out and e^(sink - lse), in which that rounding then cancels.
   const float divisor = sink ? l * (1.0f + exp(splat(*sink - *lse))[0]) : l;
   if constexpr (sizeof(S) == 2) {  // a division takes as long as 20 products; 16 bits do not show the second rounding
     const vf factor = splat(1.0f / divisor);

@@ -12,6 +12,7 @@
 #include "grpo_kernels.h"
 
 #include "matmul.h"
+#include "simd/gemm_steps.h"
 #include "softmax_rows.h"
 
 namespace tk::TK_ISA {
@@ -19,12 +20,17 @@ namespace tk::TK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 384;              // vocabulary columns of a logits tile: a multiple of every MR and NR
-constexpr int64_t kRows = 192;               // rows of a logits tile: a multiple of every MR and KU
+constexpr int64_t kChunk = 192;              // rows of a product of dh or dW
 constexpr int64_t kSuper = 4 * kBlock;       // columns of one partial result (forward)
 constexpr int64_t kStep = 2 * kBlock;        // the backward's super-blocks are multiples of it, so of gemm.h's KB too
 constexpr int64_t kMaxSuper = 4 * kStep;
 constexpr int64_t kGradientBytes = 12 << 20; // dy kept at a time, in both layouts together (24 MiB is no faster)
 constexpr int64_t kDepth = 192;              // at most: columns of D in a work item of dh and dW (256: 5-10 % slower at D 896)
+
+// Rows of a logits tile: a multiple of every MR and KU. A thread's tiles take kTileFloats in all, and so may one of dW.
+template <class T> constexpr int64_t kRows = kChunk / GemmSteps<T>::kBuffers;
+constexpr int64_t kTileFloats = kChunk * kBlock;
+static_assert(kDepth <= kBlock);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,17 +64,33 @@ template <class S> struct RowBlock {
 template <class T, class S>
 void pack_hidden(int threads, const S* hidden, int64_t stride, const ActiveRows& rows, int64_t D, T* left, T* right) {
   using G = Gemm<T>;
-  constexpr int64_t kChunk = 96;  // a multiple of every MR and KU
   const int64_t Dp = G::padded_k(D), np = G::padded_k(rows.n);
-  Scratch<S> temp(threads * kChunk * D);
-  parallel_for(threads, ceil_div(rows.n, kChunk), [&](int64_t item, int thread) {
-    const int64_t r = item * kChunk, count = least(kChunk, rows.n - r);
-    const RowBlock<S> block(hidden, stride, rows.index, r, count, D, temp + thread * kChunk * D);
+  Scratch<S> temp(threads * kRows<T> * D);
+  parallel_for(threads, ceil_div(rows.n, kRows<T>), [&](int64_t item, int thread) {
+    const int64_t r = item * kRows<T>, count = least(kRows<T>, rows.n - r);
+    const RowBlock<S> block(hidden, stride, rows.index, r, count, D, temp + thread * kRows<T> * D);
     G::pack_a(block.p, block.stride, count, D, left + r * Dp);
     for (int64_t d = 0; right && d < D; d += G::NR)
       G::pack_b_t(block.p + d, block.stride, least(G::NR, D - d), count, right + d * np + r * G::NR);
   });
 }
+
+// A thread's tiles of logits: while it works on one, the product of the next runs beside (gemm_steps.h).
+template <class T> struct LogitTiles {
+  GemmSteps<T> product;
+  float* const tiles;
+  LogitTiles(float* all, int thread) : tiles(all + thread * kTileFloats) {}
+  float* at(int64_t chunk) const { return tiles + chunk % GemmSteps<T>::kBuffers * kRows<T> * kBlock; }
+  // Rows of `chunk`, of n, by cols words: hidden [n, D] and weight [cols, D] packed.
+  void begin(int64_t chunk, int64_t n, int64_t cols, int64_t D, const T* hidden, const T* weight) {
+    const int64_t r = chunk * kRows<T>;
+    product.begin(least(kRows<T>, n - r), cols, D, hidden + r * Gemm<T>::padded_k(D), weight, at(chunk), kBlock);
+  }
+  float* finish(int64_t chunk) {
+    product.finish();
+    return at(chunk);
+  }
+};
 
 // Per row: max u, Σ e^x, Σ x e^x with x = (u − max) / τ.
 struct Partial {
@@ -76,8 +98,9 @@ struct Partial {
 };
 
 // Statistics of one row of a tile; u is left in the row. bias is null where there is none.
+template <class Product>
 inline void row_statistics(float* row, int64_t cols, const Head& head, const float* bias, bool entropy, float* m, float* s,
-                           float* t) {
+                           float* t, Product& product) {
   vf peak = minus_infinity();
   const bool changes = bias || head.softcap > 0;
   const int64_t whole = cols / W * W;
@@ -93,7 +116,10 @@ inline void row_statistics(float* row, int64_t cols, const Head& head, const flo
   const float top = reduce_max(peak);
   const vf base = splat(finite_max(top));
   vf sum = zero(), weighted = zero();
-  for (int64_t j = 0; j < cols; j += W) accumulate((load(row + j) - base) * head.inverse_temperature, entropy, &sum, &weighted);
+  for (int64_t j = 0; j < cols; j += W) {
+    accumulate((load(row + j) - base) * head.inverse_temperature, entropy, &sum, &weighted);
+    if (j & W) product.tick();
+  }
   *m = top;
   *s = reduce_add(sum);
   *t = reduce_add(weighted);
@@ -150,10 +176,10 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   if (n == 0) return;
   const bool entropy = p.entropy != nullptr;
 
-  const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows), padded = chunks * kRows;
+  const int64_t supers = ceil_div(V, kSuper), chunks = ceil_div(n, kRows<T>), padded = chunks * kRows<T>;
   Scratch<T> left(G::size_a(n, Dp));
   Scratch<T> right(p.threads * G::size_b(kBlock, Dp));
-  Scratch<float> tiles(p.threads * kRows * kBlock);
+  Scratch<float> tiles(p.threads * kTileFloats);
   Scratch<float> partials(supers * 3 * padded);  // [super-block][m, s, t][row]
   Scratch<float> target_u(n);
   pack_hidden<T, S>(p.threads, (const S*)p.hidden, p.hidden_stride, rows, D, left, (T*)nullptr);
@@ -168,16 +194,18 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   parallel_for(p.threads, supers * groups, [&](int64_t item, int thread) {
     const int64_t super = item / groups, first = item % groups * group, last = least(chunks, first + group);
     T* packed = right + thread * G::size_b(kBlock, Dp);
-    float* tile = tiles + thread * kRows * kBlock;
-    alignas(64) float biases[kBlock], stats[3][kRows];
+    LogitTiles<T> logits(tiles, thread);
+    alignas(64) float biases[kBlock], stats[3][kRows<T>];
     for (int64_t v = super * kSuper; v < least(V, (super + 1) * kSuper); v += kBlock) {
       const int64_t cols = least(kBlock, V - v);
       G::pack_b((const S*)p.weight + v * p.weight_stride, p.weight_stride, cols, D, packed);
       const float* bias = load_bias((const S*)p.bias, v, cols, biases);
       const bool keep = v < p.kept_blocks * kBlock;
+      logits.begin(first, n, cols, D, left, packed);
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t r = chunk * kRows, count = least(kRows, n - r);
-        G::gemm(count, cols, D, left + r * Dp, packed, tile, kBlock, false);
+        const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
+        float* tile = logits.finish(chunk);
+        if (chunk + 1 < last) logits.begin(chunk + 1, n, cols, D, left, packed);
         const bool opens = v == super * kSuper;
         const Partial out = partial(super, r);
         const Partial block = opens ? out : Partial{stats[0], stats[1], stats[2]};
@@ -187,7 +215,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
             continue;
           }
           float* row = tile + i * kBlock;
-          row_statistics(row, cols, head, bias, entropy || keep, block.m + i, block.s + i, block.t + i);
+          row_statistics(row, cols, head, bias, entropy || keep, block.m + i, block.s + i, block.t + i, logits.product);
           if (keep) keep_row(row, cols, head, block.m[i], block.s[i], block.t[i], kept_row<S>(p.kept, p.n, v, r + i));
           const int64_t column = p.target[rows.index[r + i]] - v;
           if (column >= 0 && column < cols) target_u[r + i] = row[column];
@@ -198,7 +226,7 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   });
 
   parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
-    const int64_t r = chunk * kRows, count = least(kRows, n - r);
+    const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
     const Partial total = partial(0, r);
     for (int64_t super = 1; super < supers; ++super) merge(total, partial(super, r), count, head);
     for (int64_t i = 0; i < count; ++i) {
@@ -211,10 +239,49 @@ template <class S> void forward(const LinearLogprobForwardParams& p) {
   });
 }
 
+// Where a row of dy goes. In float it stays in its tile until that is packed.
+struct FloatRow {
+  float* dy;
+  void put(int64_t j, vf low, vf high) const {
+    store(dy + j, low);
+    store(dy + j + W, high);
+  }
+  void set(int64_t j, float x) const { dy[j] = x; }
+};
+// In bfloat16 it goes to its place in a panel of dh's left operand at once (0 beyond cols), and to dy as well for dbias.
+template <class T> struct PackedRow;
+#if defined(__AMX_BF16__)
+template <> struct PackedRow<bf16> {
+  using G = Gemm<bf16>;
+  bf16* packed;
+  float* dy;
+  int64_t cols;
+  void put(int64_t j, vf low, vf high) const {
+    if (cols - j < 32) {
+      low = lane_index() < (int32_t)(cols - j) ? low : zero();
+      high = lane_index() < (int32_t)(cols - j - W) ? high : zero();
+    }
+    G::store_a(packed + j * G::MR, low, high);
+    if (dy) FloatRow{dy}.put(j, low, high);
+  }
+  void set(int64_t j, float x) const {
+    store_flushed_one(packed + j / 32 * 32 * G::MR + j % 32, x);
+    if (dy) dy[j] = x;
+  }
+
+ private:
+  static void store_flushed_one(bf16* to, float x) {
+    bf16 rounded[W];
+    store_flushed(rounded, splat(x));
+    *to = rounded[0];
+  }
+};
+#endif
+
 // dy of one row of a tile from its sums h·w, or from its kept logits; `column` is the target's, or anything outside the tile.
-template <bool kExact, bool kKept, class S>
-inline void row_gradient(const S* row, float* dy, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
-                         int64_t column) {
+template <bool kExact, bool kKept, class S, class Row, class Product>
+inline void row_gradient(const S* row, const Row& to, int64_t cols, const Head& head, const float* bias, const RowGradient& g,
+                         int64_t column, Product& product) {
   float center = 0;
   if (kKept) memcpy(&center, row + kBlock, sizeof center);
   const auto gradient = [&](vf x, float one) {
@@ -227,11 +294,15 @@ inline void row_gradient(const S* row, float* dy, int64_t cols, const Head& head
   const bool here = column >= 0 && column < cols, biased = !kKept && bias;
   float at_target = 0;
   if (here) at_target = gradient(splat(to_float(row[column]) + (biased ? bias[column] : 0)), g.g_logprob)[0];
-  if (biased)
-    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(row + j) + load(bias + j), 0));
-  else
-    for (int64_t j = 0; j < cols; j += W) store(dy + j, gradient(load(row + j), 0));
-  if (here) dy[column] = at_target;
+  const auto all = [&](const auto& logits) {
+    for (int64_t j = 0; j < cols; j += 2 * W) {
+      to.put(j, gradient(logits(j), 0), gradient(logits(j + W), 0));
+      product.tick();
+    }
+  };
+  if (biased) all([&](int64_t j) { return load(row + j) + load(bias + j); });
+  else all([&](int64_t j) { return load(row + j); });
+  if (here) to.set(column, at_target);
 }
 
 // A block of sums into C: added to a float C, or rounded once into C's dtype.
@@ -249,6 +320,7 @@ inline void write_gradient(const float* sums, int64_t rows, int64_t cols, int64_
 template <class S> void backward(const LinearLogprobBackwardParams& p) {
   using T = Compute<S>;
   using G = Gemm<T>;
+  constexpr bool kPacks = sizeof(T) == 2;  // the gradient's loop packs dy itself
   const S *hidden = (const S*)p.hidden, *weight = (const S*)p.weight;
   S* dbias = (S*)p.dbias;
   void *dhidden = p.dhidden, *dweight = p.dweight;
@@ -262,7 +334,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
     return;
   }
   const Head head(p.temperature, p.softcap);
-  const int64_t chunks = ceil_div(n, kRows), depths = ceil_div(D, kDepth);
+  const int64_t chunks = ceil_div(n, kRows<T>), depths = ceil_div(D, kDepth);
   const int64_t depth = round_up(ceil_div(D, depths), G::NR);  // columns of D in an item of dh or dW
   const int64_t fit = kGradientBytes / (2 * (int64_t)sizeof(T) * n) / kStep * kStep;
   const int64_t super = least(round_up(V, kStep), least(kMaxSuper, fit < kStep ? kStep : fit));
@@ -277,7 +349,8 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   const int64_t size_block = G::size_b(kBlock, Dp), size_depth = G::size_b(depth, super);
   const int64_t size_packed = size_block > size_depth ? size_block : size_depth;
   Scratch<T> packed(p.threads * size_packed);             // W: a block [kBlock, D], later a slice [depth, super]
-  Scratch<float> tiles(p.threads * kRows * kBlock);
+  Scratch<float> tiles(p.threads * kTileFloats);
+  Scratch<T> panels(kPacks && !dhidden ? p.threads * G::MR * kBlock : 0);  // dy of MR rows where `dy` does not take it
   pack_hidden<T, S>(p.threads, hidden, p.hidden_stride, rows, D, left, dweight ? right.get() : nullptr);
 
   for (int64_t v0 = 0; v0 < V; v0 += super) {
@@ -289,26 +362,43 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
       const int64_t at = item / groups * kBlock, v = v0 + at, cols = least(kBlock, V - v);
       const int64_t first = item % groups * group, last = least(chunks, first + group);
       T* w = packed + thread * size_packed;
-      float* tile = tiles + thread * kRows * kBlock;
+      LogitTiles<T> logits(tiles, thread);
       alignas(64) float biases[kBlock];
       const bool kept = v < p.kept_blocks * kBlock;
-      if (!kept) G::pack_b(weight + v * p.weight_stride, p.weight_stride, cols, D, w);
+      if (!kept) {
+        G::pack_b(weight + v * p.weight_stride, p.weight_stride, cols, D, w);
+        logits.begin(first, n, cols, D, left, w);
+      }
       const float* bias = load_bias((const S*)p.bias, v, cols, biases);
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t r = chunk * kRows, count = least(kRows, n - r);
-        if (!kept) G::gemm(count, cols, D, left + r * Dp, w, tile, kBlock, false);
-        for (int64_t i = 0; i < count; ++i) {
+        const int64_t r = chunk * kRows<T>, count = least(kRows<T>, n - r);
+        float* tile = kept ? logits.at(chunk) : logits.finish(chunk);
+        if (!kept && chunk + 1 < last) logits.begin(chunk + 1, n, cols, D, left, w);
+        const auto gradient = [&](int64_t i, const auto& to) {
           const int64_t row = rows.index[r + i], column = p.target[row] - v;
           const RowGradient g(head, p.dlogprob[row], p.dentropy ? p.dentropy[row] : 0, p.lse[row], p.dentropy ? p.entropy[row] : 0);
-          float* dy_row = tile + i * kBlock;
           constexpr bool exact = sizeof(S) == 4;
-          if (kept) row_gradient<exact, true>(kept_row<S>(p.kept, p.n, v, r + i), dy_row, cols, head, bias, g, column);
-          else row_gradient<exact, false>(dy_row, dy_row, cols, head, bias, g, column);
+          if (kept) row_gradient<exact, true>(kept_row<S>(p.kept, p.n, v, r + i), to, cols, head, bias, g, column, logits.product);
+          else row_gradient<exact, false>(tile + i * kBlock, to, cols, head, bias, g, column, logits.product);
+        };
+        if constexpr (kPacks) {
+          for (int64_t i = 0; i < count; i += G::MR) {
+            T* panel = dhidden ? dy + (r + i) * width_p + at * G::MR : panels + thread * G::MR * kBlock;
+            for (int64_t k = i; k < i + G::MR; ++k) {
+              const PackedRow<T> to{panel + k % G::MR * 32, dbias ? tile + k * kBlock : nullptr, k < count ? cols : 0};
+              if (k < count) gradient(k, to);
+              for (int64_t j = 0; k >= count && j < cols; j += 2 * W) to.put(j, zero(), zero());
+            }
+            for (int64_t j = 0; dweight && j < cols; j += G::MR)
+              G::transpose_a(panel + j * G::MR, dy_t + (at + j) * np + (r + i) * G::MR);
+          }
+        } else {
+          for (int64_t i = 0; i < count; ++i) gradient(i, FloatRow{tile + i * kBlock});
+          for (int64_t i = 0; dhidden && i < count; i += G::MR)
+            G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);
+          for (int64_t j = 0; dweight && j < cols; j += G::MR)
+            G::pack_a_t(tile + j, kBlock, least(G::MR, cols - j), count, dy_t + (at + j) * np + r * G::MR);
         }
-        for (int64_t i = 0; dhidden && i < count; i += G::MR)
-          G::pack_a(tile + i * kBlock, kBlock, least(G::MR, count - i), cols, dy + (r + i) * width_p + at * G::MR);
-        for (int64_t j = 0; dweight && j < cols; j += G::MR)
-          G::pack_a_t(tile + j, kBlock, least(G::MR, cols - j), count, dy_t + (at + j) * np + r * G::MR);
         if (dbias) {
           float* sums = db + chunk * super + at;
           for (int64_t j = 0; j < cols; j += W) {
@@ -319,21 +409,22 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
     });
 
     // ---- dh += dy·W and dW = dyᵀ·h: the short items last, so that no thread waits long for another
-    const int64_t row_groups = least(chunks, ceil_div(2 * p.threads, depths)), row_group = ceil_div(chunks, row_groups);
-    const int64_t strip = least(kRows, round_up(ceil_div(width, ceil_div(p.threads, depths)), G::MR));  // a narrow one feeds all
+    const int64_t row_chunks = ceil_div(n, kChunk), row_groups = least(row_chunks, ceil_div(2 * p.threads, depths));
+    const int64_t row_group = ceil_div(row_chunks, row_groups);
+    const int64_t strip = least(kChunk, round_up(ceil_div(width, ceil_div(p.threads, depths)), G::MR));  // a narrow one feeds all
     const int64_t strips = ceil_div(width, strip), dh_items = dhidden ? depths * row_groups : 0;
     parallel_for(p.threads, dh_items + (dweight ? depths * strips : 0), [&](int64_t item, int thread) {
       if (item < dh_items) {
         const int64_t d = item / row_groups * depth, cols = least(depth, D - d);
-        const int64_t first = item % row_groups * row_group, last = least(chunks, first + row_group);
+        const int64_t first = item % row_groups * row_group, last = least(row_chunks, first + row_group);
         T* w = packed + thread * size_packed;
         G::pack_b_t(weight + v0 * p.weight_stride + d, p.weight_stride, cols, width, w);
-        for (int64_t r = first * kRows; r < least(n, last * kRows); r += kRows)
-          G::gemm(least(kRows, n - r), cols, width, dy + r * width_p, w, dh + r * dh_stride + d, dh_stride, v0 > 0);
+        for (int64_t r = first * kChunk; r < least(n, last * kChunk); r += kChunk)
+          G::gemm(least(kChunk, n - r), cols, width, dy + r * width_p, w, dh + r * dh_stride + d, dh_stride, v0 > 0);
       } else {
         const int64_t d = (item - dh_items) / strips * depth, cols = least(depth, D - d);  // its h stays in L2
         const int64_t at = (item - dh_items) % strips * strip, count = least(strip, width - at);
-        float* tile = tiles + thread * kRows * kBlock;
+        float* tile = tiles + thread * kTileFloats;
         G::gemm(count, cols, n, dy_t + at * np, right + d * np, tile, depth, false);
         write_gradient<S>(tile, count, cols, depth, p.dweight_add, dweight, (v0 + at) * D + d, D);
       }
@@ -345,7 +436,7 @@ template <class S> void backward(const LinearLogprobBackwardParams& p) {
   }
   if (dhidden)
     parallel_for(p.threads, chunks, [&](int64_t chunk, int) {
-      for (int64_t i = chunk * kRows; i < least(n, (chunk + 1) * kRows); ++i) {
+      for (int64_t i = chunk * kRows<T>; i < least(n, (chunk + 1) * kRows<T>); ++i) {
         // The ignored rows before this one, and behind the last one, are zeroed here, by all threads.
         const int64_t row = rows.index[i], before = i > 0 ? rows.index[i - 1] + 1 : 0;
         if (before < row) memset((char*)dhidden + before * dh_bytes, 0, (row - before) * dh_bytes);

@@ -140,7 +140,7 @@ template <class S, class Kv> struct Mla {
                                result.o + r * ldo, ldo, k == 0, probs + r / kPanel * Block::kProbs, work, next);
       }
       next = k + n < end ? fetch({x.b, index * kLatentSplit + k + n}, end - k - n) : fetch(then, Block::kKeys);
-      next.spread(Block::beats(1, D, 0) + Block::beats(panels(x.count), 0, Dv));
+      next.spread(Block::beats(1, D, 0) + Block::beats(x.count, 0, Dv));
       Block::values(lines, count, x.count, sees, Dv, probs, result.o, ldo, k == 0, work, next);
     }
   }

@@ -194,15 +194,19 @@ template <> struct Gemm<float> {
 template <> struct Gemm<bf16> {
   using Type = bf16;
   static constexpr int MR = 32, NR = 32, KU = 32, KB = 512;
-  // K is cut into blocks of KB, whose B stays in L2 while the rows of A pass, only where all of B would not: a cut costs one
-  // more pass over C through L2, and that takes longer than A's panels coming from L2 instead of L1 (5-20 % of the product).
-  static constexpr int64_t kWhole = 1 << 19;                 // elements of B, 1 MiB
+  // K is cut into blocks of about KB, whose A panel (32 KiB) stays in L1 while B streams past it from L2: a step of four tile
+  // products takes 64 cycles and two lines a tile row, 96 where both come from L2. A cut costs a pass over C through L2.
+  static constexpr int64_t kDeepest = 576;
   static constexpr int kFar = 16;                            // rows
   static constexpr int kTile = 512;                          // elements of one tile, 1 KiB
 
   static int64_t padded_k(int64_t K) { return round_up(K, KU); }
   static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * padded_k(K); }
   static int64_t size_b(int64_t N, int64_t K) { return round_up(N, NR) * padded_k(K); }
+  static int64_t depth_of(int64_t N, int64_t K) {            // of a block of K
+    const int64_t Kp = padded_k(K), blocks = N > NR ? (Kp + kDeepest - 1) / kDeepest : 1;
+    return blocks > 1 ? round_up((Kp + blocks - 1) / blocks, KU) : Kp;
+  }
 
   // A panel: [k / 32][2 tiles][16 rows][32 k]
   template <class S> static void pack_a(const S* src, int64_t stride, int64_t M, int64_t K, bf16* dst) {
@@ -220,6 +224,23 @@ template <> struct Gemm<bf16> {
           transpose(v);
           for (int i = 0; i < 16; ++i) memcpy(dst + 32 * i, &v[i], 64);
         }
+  }
+  // Columns k to k + 31 of one row of an A panel lie at panel + k * MR + row % MR * 32.
+  static void store_a(bf16* to, vf low, vf high) { _mm512_storeu_si512(to, round_pair(low, high)); }
+  // 32 x 32 of a panel of A the other way round, as a panel of its transpose holds them.
+  static void transpose_a(const bf16* src, bf16* dst) {
+    vi low[16], high[16];  // pairs of rows, each of 16 columns: unpack takes four of every eight
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m512i even = load32(src + 64 * i), odd = load32(src + 64 * i + 32);
+      low[i] = (vi)_mm512_unpacklo_epi16(even, odd), high[i] = (vi)_mm512_unpackhi_epi16(even, odd);
+    }
+    transpose(low);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy((void*)(dst + 32 * (i / 4 * 8 + i % 4)), &low[i], 64);
+    transpose(high);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy((void*)(dst + 32 * (i / 4 * 8 + i % 4 + 4)), &high[i], 64);
   }
   // B panel: [k / 32][2 tiles][16 pairs of k][16 columns][2]
   template <class S> static void pack_b(const S* src, int64_t stride, int64_t N, int64_t K, bf16* dst) {
@@ -262,7 +283,8 @@ template <> struct Gemm<bf16> {
       for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
       return;
     }
-    const int64_t Kp = padded_k(K), block = N * Kp <= kWhole ? Kp : KB;
+    const int64_t Kp = padded_k(K), block = depth_of(N, K);
+    const bool stream = N > NR && N * block > (1 << 13);  // what fits L1 beside A may stay there
     for (int64_t k = 0; k < Kp; k += block) {
       const int64_t steps = least(block, Kp - k) / KU;
       const bool add = accumulate || k > 0;
@@ -280,11 +302,13 @@ template <> struct Gemm<bf16> {
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (rows == MR && cols == NR) {
-            tiles_2x2(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step);
+            const float* below = accumulate && k == 0 && steps >= 16 && m + 2 * MR <= M ? c + MR * ldc : nullptr;
+            if (stream) tiles_2x2<true>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
+            else tiles_2x2<false>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
           } else {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
-            if (rows > 16) tiles_2x2(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step);
+            if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step, nullptr);
             else tiles_1x2(steps, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
@@ -322,16 +346,19 @@ template <> struct Gemm<bf16> {
       for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
   }
 
+  // below: the tile of C behind this one, fetched into L2 meanwhile where it is not null.
+  template <bool kStream>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
-                        int per_step) {
+                        int per_step, const float* below) {
     tile_fence();
+    const float* last = below ? below + MR * ldc : nullptr;
     const int64_t bytes = ldc * 4;
-    float* below = c + 16 * ldc;
+    float* half = c + 16 * ldc;
     if (add) {
       _tile_loadd(0, c, bytes);
       _tile_loadd(1, c + 16, bytes);
-      _tile_loadd(2, below, bytes);
-      _tile_loadd(3, below + 16, bytes);
+      _tile_loadd(2, half, bytes);
+      _tile_loadd(3, half + 16, bytes);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -340,10 +367,16 @@ template <> struct Gemm<bf16> {
     }
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
+      for (int i = 0; i < 2 && below < last; ++i, below += ldc) {
+        _mm_prefetch((const char*)below, _MM_HINT_T1);
+        _mm_prefetch((const char*)(below + 16), _MM_HINT_T1);
+      }
       _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, 64);
+      if (kStream) _tile_stream_loadd(6, b, 64);
+      else _tile_loadd(6, b, 64);
       _tile_loadd(5, a + kTile, 64);
-      _tile_loadd(7, b + kTile, 64);
+      if (kStream) _tile_stream_loadd(7, b + kTile, 64);
+      else _tile_loadd(7, b + kTile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(1, 4, 7);
@@ -351,8 +384,8 @@ template <> struct Gemm<bf16> {
     }
     _tile_stored(0, c, bytes);
     _tile_stored(1, c + 16, bytes);
-    _tile_stored(2, below, bytes);
-    _tile_stored(3, below + 16, bytes);
+    _tile_stored(2, half, bytes);
+    _tile_stored(3, half + 16, bytes);
   }
   static void tiles_1x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
     tile_fence();
