@@ -142,9 +142,11 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, policy_loss, PolicyLossParams);
   TK_BIND_KERNEL(m, group_advantages, GroupAdvantagesParams);
 
-#ifdef TK_WITH_CUDA
   bind_params<tk::TopkParams>(m, "TopkParams", TK_FIELDS(tk::TopkParams, scores, lengths, values, indices, workspace,
-      workspace_bytes, dtype, rows, length, row_stride, k, chunk));
+      workspace_bytes, dtype, rows, length, row_stride, k, chunk, threads));
+  TK_BIND_KERNEL(m, topk, tk::TopkParams);
+
+#ifdef TK_WITH_CUDA
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");
   using tk::PolicyLossCudaParams, tk::GroupAdvantagesCudaParams;
   bind_params<PolicyLossCudaParams>(m, "PolicyLossCudaParams", TK_FIELDS(PolicyLossCudaParams, TK_POLICY_LOSS, tokens, top,

@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "mla.h"
 #include "policy_loss.h"
+#include "topk.h"
 
 namespace tk {
 
@@ -25,6 +26,7 @@ struct Kernels {
   void (*group_advantages)(const GroupAdvantagesParams&) = nullptr;
   void (*logprob_forward)(const LogprobForwardParams&) = nullptr;
   void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
+  void (*topk)(const TopkParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

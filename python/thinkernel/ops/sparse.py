@@ -88,8 +88,10 @@ indexer_loss_op = reference_op(
     differentiable=("q", "k", "w"),
 )
 
-topk_op.kernel("cuda", backends.cuda_topk_covers)(backends.cuda_topk)
-OPS["topk_backward"].kernel("cuda", lambda grads, *args: backends.cuda_topk_covers(*args))(backends.cuda_topk_backward)
+topk_op.kernel("cpu", backends.topk_covers)(backends.cpu_topk)
+topk_op.kernel("cuda", backends.topk_covers)(backends.cuda_topk)
+OPS["topk_backward"].kernel("cpu", lambda grads, *args: backends.topk_covers(*args))(backends.cpu_topk_backward)
+OPS["topk_backward"].kernel("cuda", lambda grads, *args: backends.topk_covers(*args))(backends.cuda_topk_backward)
 
 
 @topk_op.check
