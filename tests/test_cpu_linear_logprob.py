@@ -68,7 +68,6 @@ def test_any_size(dtype: torch.dtype, N: int, D: int, V: int) -> None:
     _check(_case(N + V, dtype, N, D, V, ignored=0.3 if N > 3 else 0.0), f"N={N} D={D} V={V}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("N,V", [(33, 40), (205, 901)])
 def test_gradients_asked_for_alone(dtype: torch.dtype, N: int, V: int) -> None:
@@ -82,6 +81,7 @@ def test_gradients_asked_for_alone(dtype: torch.dtype, N: int, V: int) -> None:
             assert_bitwise(found, together[i], f"{RESULTS[2 + i]} of {wanted}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [128256, 151936])
 def test_real_vocabularies(dtype: torch.dtype, V: int) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor
 pytestmark = pytest.mark.skipif(not hasattr(C, "mla_decode"), reason="the C++ core is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = 192**-0.5
-SCALE = 192**-0.5
 
 
 class Problem:

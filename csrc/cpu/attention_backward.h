@@ -323,7 +323,8 @@ template <> struct GradBlock<bf16> {
         vf p[2], d[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
-          grad(load(s + at), load(dp + at), logit[u], zero(), dot[u], o.dlse ? dlse + u : nullptr, o.gate ? gate + u : nullptr, p + u, d + u);
+          grad(load(s + at), load(dp + at), logit[u], zero(), dot[u], o.dlse ? dlse + u : nullptr, o.gate ? gate + u : nullptr, p + u,
+               d + u);
           if (!whole) {
             const vi j = splat((int32_t)(j0 + r + e)), in = (lo[u] <= j) & (j < hi[u]);
             p[u] = select(in, p[u], zero()), d[u] = select(in, d[u], zero());
