@@ -4,8 +4,11 @@
     python bench/sparse.py --work topk attention --dtypes bfloat16 --repeats 31
 
 topk: N rows of T scores, k kept; torch.topk sorted and unsorted, numpy.argpartition (one thread; it has no bfloat16). Beside
-attention.py's way of interleaving: every contestant runs untimed right before its timed run. Medians; the speed-up is that over
-the fastest of each kind. Results go to bench/results/sparse_cpu.json.
+attention.py's way of interleaving: every contestant runs untimed right before its timed run. Medians of times and of ratios.
+attention: S queries of H heads over K of T latents (576 values, 512 of them the value), forward and forward + backward; decode: one
+query for each of B sequences. The PyTorch forms gather the latents of all queries, or of 16 at a time, and multiply, or call SDPA with
+the heads as query rows. indexer: scores of Hi heads x 128 and selection; the PyTorch form in one piece, and 64 queries at a time.
+Results go to bench/results/sparse_cpu.json.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from pathlib import Path
 import numpy as np
 import thinkernel as tk
 import torch
+import torch.nn.functional as F
 from attention import RESULTS, commit, cpu_name, interleave
 from thinkernel.ops.dispatch import C
+from torch import Tensor
 
+D, L, SCALE = 576, 512, 192**-0.5  # values of a latent, of them its value
 Runs = dict[str, Callable[[], object]]
 Row = dict[str, object]
 TOPK = [(128, 16_384, 2048), (4, 16_384, 2048), (1, 1_000_000, 2048)]  # rows, scores, kept
@@ -56,7 +62,74 @@ def topk(dtype: torch.dtype) -> list[tuple[str, Runs]]:
     return rows
 
 
-WORK: dict[str, Callable[[torch.dtype], list[tuple[str, Runs]]]] = {"topk": topk}
+def chosen(rows: int, T: int, k: int) -> Tensor:
+    """[rows, k] ascending."""
+    return torch.rand(rows, T).topk(k).indices.sort(-1).values.int()
+
+
+def by_matmuls(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
+    """q [S, H, D], kv [T, D], indices [S, K] -> [S, H, L]"""
+    rows = kv.index_select(0, indices.flatten()).view(*indices.shape, D)
+    return ((q @ rows.mT) * SCALE).softmax(-1) @ rows[..., :L]
+
+
+def by_sdpa(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
+    rows = kv.index_select(0, indices.flatten()).view(*indices.shape, D)
+    return F.scaled_dot_product_attention(q[:, None], rows[:, None], rows[:, None], scale=SCALE)[:, 0, :, :L]
+
+
+def some_at_a_time(form: Callable[[Tensor, Tensor, Tensor], Tensor], n: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda q, kv, i: torch.cat([form(q[s : s + n], kv, i[s : s + n]) for s in range(0, len(q), n)])
+
+
+def attention(dtype: torch.dtype, backward: bool) -> list[tuple[str, Runs]]:
+    S, T, K, H = 512, 16_384, 2048, 16
+    q, kv, indices = torch.randn(S, H, D).to(dtype), torch.randn(T, D).to(dtype), chosen(S, T, K)
+    dout = torch.randn(S, H, L).to(dtype)
+
+    def ours(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
+        return tk.sparse_attention(q[None], kv[None], indices[None], value_dim=L, scale=SCALE)[0]
+
+    forms: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "thinkernel": ours, "matmuls": by_matmuls, "matmuls, 16 queries": some_at_a_time(by_matmuls, 16), "sdpa": by_sdpa,
+        "sdpa, 16 queries": some_at_a_time(by_sdpa, 16),
+    }  # fmt: skip
+
+    def run(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        def both() -> object:
+            a, b = q.detach().requires_grad_(), kv.detach().requires_grad_()
+            return torch.autograd.grad(form(a, b, indices), (a, b), dout)
+
+        return both if backward else lambda: form(q, kv, indices)
+
+    shape = f"S{S} T{T} K{K} H{H} {D}/{L}" + (" forward + backward" if backward else " forward")
+    return [(shape, {who: run(form) for who, form in forms.items()})]
+
+
+def decode(dtype: torch.dtype) -> list[tuple[str, Runs]]:
+    B, T, K, H = 4, 16_384, 2048, 16
+    q, kv = torch.randn(B, 1, H, D).to(dtype), torch.randn(B, T, D).to(dtype)
+    indices, seqlens = chosen(B, T, K)[:, None], torch.full((B,), T, dtype=torch.int32)
+    flat = indices[:, 0].long() + torch.arange(B)[:, None] * T
+    page = 64
+    table = torch.randperm(B * T // page).int().view(B, T // page)
+    pages = kv.view(B * T // page, page, D)
+
+    def plain() -> Tensor:
+        rows = kv.view(B * T, D).index_select(0, flat.flatten()).view(B, K, D)
+        return ((q[:, 0] @ rows.mT) * SCALE).softmax(-1) @ rows[..., :L]
+
+    def ours(kv: Tensor, table: Tensor | None) -> object:
+        return tk.sparse_attention(q, kv, indices, value_dim=L, scale=SCALE, seqlens=seqlens, block_table=table)
+
+    return [(f"B{B} T{T} K{K} H{H} {D}/{L}",
+             {"thinkernel": lambda: ours(kv, None), "thinkernel paged": lambda: ours(pages, table), "matmuls": plain})]  # fmt: skip
+
+
+WORK: dict[str, Callable[[torch.dtype], list[tuple[str, Runs]]]] = {
+    "topk": topk, "attention": lambda dtype: attention(dtype, False), "attention backward": lambda dtype: attention(dtype, True),
+    "decode": decode,
+}  # fmt: skip
 
 
 def main() -> None:

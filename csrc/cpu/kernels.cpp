@@ -31,6 +31,9 @@ const Kernels& table() {
       .logprob_forward = logprob_forward,
       .logprob_backward = logprob_backward,
       .topk = topk,
+      .indexer_topk = indexer_topk,
+      .sparse_forward = sparse_forward,
+      .sparse_backward = sparse_backward,
   };
   return kernels;
 }

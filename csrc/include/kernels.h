@@ -3,9 +3,11 @@
 
 #include "attention.h"
 #include "grpo.h"
+#include "indexer.h"
 #include "linear.h"
 #include "mla.h"
 #include "policy_loss.h"
+#include "sparse.h"
 #include "topk.h"
 
 namespace tk {
@@ -27,6 +29,9 @@ struct Kernels {
   void (*logprob_forward)(const LogprobForwardParams&) = nullptr;
   void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
   void (*topk)(const TopkParams&) = nullptr;
+  void (*indexer_topk)(const IndexerTopkParams&) = nullptr;
+  void (*sparse_forward)(const SparseForwardParams&) = nullptr;
+  void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.
