@@ -126,9 +126,30 @@ def decode(dtype: torch.dtype) -> list[tuple[str, Runs]]:
              {"thinkernel": lambda: ours(kv, None), "thinkernel paged": lambda: ours(pages, table), "matmuls": plain})]  # fmt: skip
 
 
+def indexer(dtype: torch.dtype) -> list[tuple[str, Runs]]:
+    found = []
+    for S, T, Hi, k in ((512, 16_384, 16, 2048), (1, 16_384, 64, 2048)):
+        q, keys, w = torch.randn(S, Hi, 128).to(dtype), torch.randn(T, 128).to(dtype), torch.randn(S, Hi)
+        seen = torch.arange(T) <= torch.arange(T - S, T)[:, None]
+
+        def plain(rows: slice, q: Tensor = q, keys: Tensor = keys, w: Tensor = w, seen: Tensor = seen, k: int = k) -> Tensor:
+            z = (q[rows].flatten(0, 1) @ keys.mT).relu_().unflatten(0, q[rows].shape[:2])  # [S, Hi, T]
+            scores = (w[rows, None].to(z.dtype) @ z)[:, 0].float().masked_fill_(~seen[rows], -torch.inf)
+            return torch.topk(scores, k, sorted=False).indices.sort(-1).values
+
+        runs: Runs = {
+            "thinkernel": lambda q=q, keys=keys, w=w, k=k: tk.indexer_topk(q[None], keys[None], w[None], top_k=k),
+            "torch": lambda plain=plain: plain(slice(None)),
+        }
+        if S > 64:
+            runs["torch, 64 queries"] = lambda plain=plain, S=S: [plain(slice(s, s + 64)) for s in range(0, S, 64)]
+        found.append((f"S{S} T{T} Hi{Hi} 128 top {k}", runs))
+    return found
+
+
 WORK: dict[str, Callable[[torch.dtype], list[tuple[str, Runs]]]] = {
     "topk": topk, "attention": lambda dtype: attention(dtype, False), "attention backward": lambda dtype: attention(dtype, True),
-    "decode": decode,
+    "decode": decode, "indexer": indexer,
 }  # fmt: skip
 
 

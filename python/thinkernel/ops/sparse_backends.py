@@ -109,8 +109,8 @@ def _row_strides(x: Tensor | None, packed: bool) -> tuple[int, int, int]:
     """{sequence or page, position, head} of k or v [B, T, Hkv, D] (packed without B), or of latents, which have no heads."""
     if x is None:
         return 0, 0, 0
-    steps = x.stride()[:-1] if not packed else (0, *x.stride()[:-1])
-    return (*steps, 0)[:3]
+    steps = [0, *x.stride()[:-1], 0] if packed else [*x.stride()[:-1], 0]
+    return steps[0], steps[1], steps[2]
 
 
 def _attention_fields(
@@ -156,8 +156,8 @@ def cpu_attention_backward(grads: Sequence[Tensor | None], out: Tensor, lse: Ten
     dsinks = None if sinks is None else empty(tuple(sinks.shape), sinks, torch.float32)
     fields, held = _attention_fields(q, *args)
     C.sparse_backward(C.SparseBackwardParams(
-        **fields, out=pointer(out), lse=pointer(lse), dout=pointer(dout), dlse=pointer(dlse), dq=pointer(dq), dk=pointer(dk), dv=pointer(dv),
-        dsinks=pointer(dsinks),
+        **fields, out=pointer(out), lse=pointer(lse), dout=pointer(dout), dlse=pointer(dlse), dq=pointer(dq), dk=pointer(dk),
+        dv=pointer(dv), dsinks=pointer(dsinks),
     ))
     if dsinks is not None:
         dsinks = dsinks.to(sinks.dtype)
