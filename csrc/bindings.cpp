@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <unordered_map>
 
 #include "kernels.h"
 #include "types.h"
@@ -40,12 +41,21 @@ using Setters = std::map<std::string, void (*)(P&, py::handle), std::less<>>;
 // Module.NAME(field=value, ...): a params struct; fields left out are zero or their default.
 template <class P>
 void bind_params(py::module_& module, const char* name, const Setters<P>& setters) {
-  py::class_<P>(module, name).def(py::init([setters, name](const py::kwargs& fields) {
+  using Setter = void (*)(P&, py::handle);
+  // A call's keywords are the same str objects each time: known ones, kept alive, spare 40 searches by name a call.
+  auto* known = new std::unordered_map<PyObject*, Setter>;
+  py::class_<P>(module, name).def(py::init([setters, name, known](const py::kwargs& fields) {
     P params{};
     for (std::pair<py::handle, py::handle> field : fields) {
+      const auto seen = known->find(field.first.ptr());
+      if (seen != known->end()) {
+        seen->second(params, field.second);
+        continue;
+      }
       const char* key = PyUnicode_AsUTF8(field.first.ptr());  // keyword names are str
       const auto found = setters.find(std::string_view(key));
       if (found == setters.end()) throw py::type_error(std::string(name) + " has no field '" + key + "'");
+      if (PyUnicode_CHECK_INTERNED(field.first.ptr())) known->emplace(field.first.inc_ref().ptr(), found->second);
       found->second(params, field.second);
     }
     return params;

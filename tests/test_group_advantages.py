@@ -109,9 +109,10 @@ def test_whiten_over_tokens_is_a_mean_over_tokens() -> None:
         torch.testing.assert_close(a.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_many_groups_and_empty() -> None:
+@pytest.mark.parametrize("spread", [1, -257, 2**53 - 12345])
+def test_many_groups_and_empty(spread: int) -> None:
     g = torch.Generator().manual_seed(4)
-    r, ids = torch.randn(5000, generator=g), torch.randint(0, 700, (5000,), generator=g)
+    r, ids = torch.randn(5000, generator=g), (torch.randint(0, 700, (5000,), generator=g) - 350) * spread
     want, _ = reference(r.double(), group_ids=ids)
     torch.testing.assert_close(tk.group_advantages(r, group_ids=ids).double(), want, rtol=2e-6, atol=1e-6)
     assert tk.group_advantages(r[:0], 4).shape == (0,)

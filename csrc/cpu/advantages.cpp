@@ -63,22 +63,26 @@ struct Groups {
       return;
     }
     const int64_t* ids = p.group_ids;
-    merge_sort(ids, R);
+    radix_sort(ids, R);
     for (int64_t i = 0; i < R; ++i)
       if (i + 1 == R || ids[order[i]] != ids[order[i + 1]]) start[++count] = i + 1;
   }
 
  private:
-  // Stable: positions of one id stay in order.
-  void merge_sort(const int64_t* ids, int64_t R) {
+  // Stable: positions of one id stay in order. By bytes from the lowest, those in which all ids agree left out.
+  void radix_sort(const int64_t* ids, int64_t R) {
     Scratch<int64_t> other(R);
     int64_t *from = order, *to = other;
-    for (int64_t width = 1; width < R; width *= 2) {
-      for (int64_t first = 0; first < R; first += 2 * width) {
-        const int64_t middle = least(first + width, R), last = least(first + 2 * width, R);
-        int64_t i = first, j = middle;
-        for (int64_t k = first; k < last; ++k) to[k] = i < middle && (j == last || ids[from[i]] <= ids[from[j]]) ? from[i++] : from[j++];
-      }
+    uint64_t differ = 0;
+    for (int64_t i = 1; i < R; ++i) differ |= (uint64_t)(ids[i] ^ ids[0]);
+    for (int shift = 0; shift < 64; shift += 8) {
+      if ((differ >> shift & 255) == 0) continue;
+      const int sign = shift == 56 ? 128 : 0;  // negative ids come first
+      const auto byte = [&](int64_t i) { return (int)((uint64_t)ids[i] >> shift & 255) ^ sign; };
+      int64_t place[257] = {};
+      for (int64_t i = 0; i < R; ++i) ++place[byte(i) + 1];
+      for (int i = 0; i < 256; ++i) place[i + 1] += place[i];
+      for (int64_t i = 0; i < R; ++i) to[place[byte(from[i])]++] = from[i];
       int64_t* const swap = from;
       from = to;
       to = swap;

@@ -13,7 +13,8 @@
 
 namespace tk::TK_ISA {
 
-template <class F> inline void parallel_for(int threads, int64_t items, const F& body) {
+// even: items in one run per thread instead, for equal ones that find their data where the thread before left it.
+template <bool even = false, class F> inline void parallel_for(int threads, int64_t items, const F& body) {
   if (items <= 0) return;
   if (threads > items) threads = (int)items;
   if (threads <= 1) {
@@ -25,8 +26,13 @@ template <class F> inline void parallel_for(int threads, int64_t items, const F&
   {
     TileRegion tiles;
     const int thread = omp_get_thread_num();
+    if constexpr (even) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < items; ++i) body(i, thread);
+    } else {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < items; ++i) body(i, thread);
+      for (int64_t i = 0; i < items; ++i) body(i, thread);
+    }
   }
 }
 

@@ -1,16 +1,20 @@
 // policy_loss: loss, metrics and the gradients to logprob, ref_logprob and entropy in one call (include/policy_loss.h).
 // The mathematics of a token is include/policy_math.h; this file is the passes around it. B sequences, S tokens.
 //
-// Sequences are cut into blocks of kBlock tokens. Passes over all blocks, each a parallel loop:
-//   1  the mask to bits, active tokens; sums a sequence's ratio, drift or rollout correction needs
-//   2  (top_entropy) the entropy threshold by radix selection, the tokens at or above it
+// Sequences are cut into blocks of kBlock tokens. Passes over the blocks of a sequence:
+//   1  the mask to bits, active tokens
+//   2  the sums that the sequence's ratio, drift or rollout correction needs
 //   3  loss, metrics, gradients; where the ratio is the sequence's, the gradients past it and Σ slope
 //   4  (ratio of the sequence) what the ratio adds to its tokens' gradients
+// A thread takes a sequence through all of them while it is in its cache. Pass 1 goes over the whole batch before the rest
+// where that needs the batch's active tokens or, in between, the entropy threshold of its top tokens (radix selection); and
+// each pass does where sequences are too few or too long to share out.
 // A block's sums are in double, lane by lane, and blocks are merged in order, so nothing depends on the thread count.
 #include "policy_loss.h"
 
 #include "grpo_kernels.h"
 #include "parallel.h"
+#include "policy_mask.h"
 #include "policy_ops.h"
 #include "radix_select.h"
 
@@ -19,6 +23,8 @@ namespace tk::TK_ISA {
 namespace {
 
 using Ops = VectorOps;
+using V = Ops::V;
+using M = Ops::M;
 using policy::Level;
 constexpr int64_t kBlock = 4096;      // tokens: with every tensor in use 128 KiB, in L2
 constexpr int64_t kItem = 2 * kBlock; // tokens of a work item, so that short sequences do not make one each
@@ -31,71 +37,10 @@ struct Block {
 
 struct Partial {
   int64_t tokens = 0, bonus = 0, clipped_low = 0, clipped_high = 0;
-  double log_ratio = 0, drift = 0, rollout = 0, log_weight = 0;  // pass 1
+  double log_ratio = 0, drift = 0, rollout = 0, log_weight = 0;  // pass 2
   double loss = 0, slope = 0, approx_kl = 0, ratio = 0, kl = 0, rollout_ratio = 0, kept = 0, entropy = 0, bonus_entropy = 0;
   float ratio_min = INFINITY, ratio_max = -INFINITY;
 };
-
-// W mask elements of `bytes` each as bits; n < W at the end of a row. keep: the bits of an element that count.
-template <int bytes> inline uint32_t mask_bits(const void* mask, int64_t at, int n, uint64_t keep) {
-  if constexpr (bytes == 1) {
-    uint64_t x[2] = {0, 0};
-    const uint8_t* p = (const uint8_t*)mask + at;
-    if (n == W) memcpy(x, p, W);
-    else memcpy(x, p, n);
-#if defined(__AVX512F__)
-    const __m128i all = _mm_set_epi64x((int64_t)x[1], (int64_t)x[0]);
-    return (uint32_t)_mm_test_epi8_mask(all, all);
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < (W + 7) / 8; ++i) {
-      uint64_t y = x[i] | x[i] >> 4;
-      y |= y >> 2;
-      y = (y | y >> 1) & 0x0101010101010101u;
-      bits |= (uint32_t)((y * 0x0102040810204080u) >> 56) << 8 * i;
-    }
-    return bits;
-#endif
-  }
-  if (n == W && bytes == 4) {
-    vi x;
-    memcpy(&x, (const int32_t*)mask + at, sizeof x);
-    return bits_of((x & (int32_t)keep) != 0);
-  }
-#if defined(__AVX512F__)
-  if (n == W && bytes == 8) {
-    const int64_t* p = (const int64_t*)mask + at;
-    const __m512i all = _mm512_set1_epi64((int64_t)keep);
-    return (uint32_t)_mm512_test_epi64_mask(_mm512_loadu_si512(p), all) |
-           (uint32_t)_mm512_test_epi64_mask(_mm512_loadu_si512(p + 8), all) << 8;
-  }
-#endif
-  uint32_t bits = 0;
-  for (int i = 0; i < n; ++i) {
-    uint64_t x = 0;
-    memcpy(&x, (const char*)mask + (at + i) * bytes, bytes);  // little-endian
-    bits |= (uint32_t)((x & keep) != 0) << i;
-  }
-  return bits;
-}
-
-// The mask bits of n tokens, W in a word; returns how many are set.
-template <int bytes> int64_t pack_mask(const void* mask, int64_t at, int64_t n, bool is_float, uint16_t* words) {
-  const uint64_t keep = is_float ? ~(uint64_t)0 >> (65 - 8 * bytes) : ~(uint64_t)0;  // a float's sign does not count
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += W) {
-    const uint32_t bits = mask_bits<bytes>(mask, at + i, (int)least(W, n - i), keep);
-    *words++ = (uint16_t)bits;
-    count += count_bits(bits);
-  }
-  return count;
-}
-int64_t pack_mask(int bytes, const void* mask, int64_t at, int64_t n, bool is_float, uint16_t* words) {
-  if (bytes == 1) return pack_mask<1>(mask, at, n, is_float, words);
-  if (bytes == 2) return pack_mask<2>(mask, at, n, is_float, words);
-  if (bytes == 4) return pack_mask<4>(mask, at, n, is_float, words);
-  return pack_mask<8>(mask, at, n, is_float, words);
-}
 
 // Where the tokens of a block lie in each tensor.
 struct Rows {
@@ -114,19 +59,19 @@ struct Rows {
     a = p.advantage_per_token ? 0 : p.advantages[b.sequence * p.advantages_stride];
   }
   // n tokens from the i-th on, 0 where masked; plain: ref and rollout do not matter
-  template <bool plain = false> policy::Token<Ops> token(int64_t i, int n, vi on) const {
-    const auto get = [&](const float* x) { return select(on, load_n(x + i, n), zero()); };
+  template <bool plain> policy::Token<Ops> token(int64_t i, int n, M on) const {
+    const auto get = [&](const float* x) { return select(on, Ops::load(x + i, n), Ops::splat(0)); };
     policy::Token<Ops> t;
     t.logprob = get(logprob);
     t.old = old ? get(old) : t.logprob;
-    t.ref = !plain && ref ? get(ref) : zero();
+    t.ref = !plain && ref ? get(ref) : Ops::splat(0);
     t.rollout = t.old;
     if (!plain && rollout) {
-      const vf x = get(rollout);
+      const V x = get(rollout);
       t.rollout = select(x != x, t.old, x);
     }
-    t.advantage = advantage ? get(advantage) : splat(a);
-    t.top = splat(1.0f);
+    t.advantage = advantage ? get(advantage) : Ops::splat(a);
+    t.top = Ops::splat(1);
     return t;
   }
 };
@@ -136,19 +81,43 @@ class PolicyLoss {
   explicit PolicyLoss(const PolicyLossParams& p)
       : p_(p), o_(p), sums_(policy::needs_sequence_sums(p)),
         plain_(p.kl == policy::Kl::none && p.rollout == policy::Rollout::none && !p.off_policy && !p.entropy && !(p.top_entropy > 0)),
-        count_(block_count(p)), blocks_(count_), partials_(count_),
+        count_(block_count(p)), blocks_(count_), partials_(count_), first_(p.sequences + 1),
         words_(lay_out()), factors_(p.sequences), weights_(p.sequences) {
     threads_ = (int)least(p.threads, 1 + places_ / kItem);
     group_ = count_ == 0 ? 1 : least(256, 1 + kItem * count_ / (places_ + 1));
   }
 
   void run() {
-    for_blocks([&](int64_t i) { first_pass(i); });
-    finish_sequences();
-    if (p_.top_entropy > 0) select_top();
-    else bonus_ = tokens_;
-    for_blocks([&](int64_t i) { loss_pass(i); });
-    if (p_.dlogprob && o_.level != Level::token) add_sequence_gradients();
+    const bool ratio_gradients = p_.dlogprob && o_.level != Level::token;
+    const bool batch_first = (o_.reduction == policy::Reduction::total && !(p_.total > 0)) || p_.entropy || p_.top_entropy > 0;
+    if (batch_first) {
+      for_blocks([&](int64_t i) { pack_pass(i); });
+      count_tokens();
+      if (p_.top_entropy > 0) select_top();
+      else bonus_ = tokens_;
+    }
+    if (longest_ * 2 * threads_ <= places_) {
+      for_sequences([&](int64_t b) {
+        const auto each = [&](const auto& pass) {
+          for (int64_t i = first_[b]; i < first_[b + 1]; ++i) pass(i);
+        };
+        if (!batch_first) each([&](int64_t i) { pack_pass(i); });
+        if (sums_) each([&](int64_t i) { sums_pass(i); });
+        finish_sequence(b);
+        each([&](int64_t i) { loss_pass(i); });
+        if (ratio_gradients) each([&, g = ratio_slope(b)](int64_t i) { ratio_gradient_pass(i, g); });
+      });
+    } else {
+      if (!batch_first) for_blocks([&](int64_t i) { pack_pass(i); });
+      if (sums_) for_blocks([&](int64_t i) { sums_pass(i); });
+      for (int64_t b = 0; b < p_.sequences; ++b) finish_sequence(b);
+      for_blocks([&](int64_t i) { loss_pass(i); });
+      if (ratio_gradients) for_blocks([&](int64_t i) { ratio_gradient_pass(i, ratio_slope(blocks_[i].sequence)); });
+    }
+    if (!batch_first) {
+      count_tokens();
+      bonus_ = tokens_;
+    }
     write_metrics();
   }
 
@@ -166,46 +135,77 @@ class PolicyLoss {
     int64_t block = 0, words = 0;
     for (int64_t b = 0; b < p_.sequences; ++b) {
       const int64_t length = sequence_length(p_, b);
+      first_[b] = block;
+      longest_ = longest_ > length ? longest_ : length;
       for (int64_t start = 0; start < length; start += kBlock) {
         const int64_t n = least(kBlock, length - start);
         partials_[block] = Partial{};
         blocks_[block++] = {b, start, n, places_ + start, words};
-        words += (n + W - 1) / W;
+        words += (n + Ops::kWidth - 1) / Ops::kWidth * Ops::kWords;
       }
       places_ += length;
     }
+    first_[p_.sequences] = block;
     return words;
   }
 
   template <class F> void for_blocks(const F& body) {
-    parallel_for(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
+    parallel_for<true>(threads_, (count_ + group_ - 1) / group_, [&](int64_t item, int) {
       for (int64_t i = item * group_; i < least(count_, (item + 1) * group_); ++i) body(i);
     });
   }
 
-  // The mask as bits, and the sums of a sequence.
-  void first_pass(int64_t index) {
+  // body(sequence), in items of about kItem tokens.
+  template <class F> void for_sequences(const F& body) {
+    const int64_t B = p_.sequences, group = least(256, 1 + kItem * B / (places_ + 1));
+    const auto run = [&](int64_t item, int) {
+      for (int64_t b = item * group; b < least(B, (item + 1) * group); ++b) body(b);
+    };
+    if (p_.cu_seqlens) parallel_for(threads_, (B + group - 1) / group, run);
+    else parallel_for<true>(threads_, (B + group - 1) / group, run);
+  }
+
+  void pack_pass(int64_t index) {
+    const Block b = blocks_[index];
+    partials_[index].tokens = pack_mask(p_.mask_bytes, p_.mask, p_.cu_seqlens ? b.place : b.sequence * p_.mask_stride + b.start,
+                                        b.length, p_.mask_is_float, words_ + b.words);
+  }
+
+  void count_tokens() {
+    for (int64_t i = 0; i < count_; ++i) tokens_ += partials_[i].tokens;
+  }
+
+  void sums_pass(int64_t index) {
     const Block b = blocks_[index];
     Partial& out = partials_[index];
     const uint16_t* words = words_ + b.words;
-    out.tokens = pack_mask(p_.mask_bytes, p_.mask, p_.cu_seqlens ? b.place : b.sequence * p_.mask_stride + b.start, b.length,
-                           p_.mask_is_float, words_ + b.words);
-    if (!sums_) return;
     const policy::Options o = o_;
     const Rows rows(p_, b);
+    if (plain_) {  // one of the four sums, without the tensors that the others read
+      const bool vespo = o.form == policy::Form::vespo;
+      Sum sum;
+      over_tokens(b, [&](int64_t i, int n) {
+        const uint16_t* bits = words + i / W;
+        if (Ops::none(bits)) return;
+        const policy::Token<Ops> t = rows.token<true>(i, n, Ops::lanes(bits));
+        sum.add(vespo ? policy::log_weight<Ops>(t) : policy::log_ratio<Ops>(t, o));
+      }, [&] { sum.flush(); });
+      (vespo ? out.log_weight : out.log_ratio) = sum.total();
+      return;
+    }
     const float log_low = o.rollout_low > 0 ? logf(o.rollout_low) : -INFINITY;
     const float log_high = o.rollout_high > 0 ? logf(o.rollout_high) : -INFINITY;
     Sum log_ratio, drift, rollout, log_weight;
-    over_words(b, [&](int64_t i, int n) {
-      const uint32_t bits = *words++;
-      if (bits == 0) return;
-      const vi on = lanes_of(bits);
-      const policy::Token<Ops> t = rows.token(i, n, on);
+    over_tokens(b, [&](int64_t i, int n) {
+      const uint16_t* bits = words + i / W;
+      if (Ops::none(bits)) return;
+      const M on = Ops::lanes(bits);
+      const policy::Token<Ops> t = rows.token<false>(i, n, on);
       const policy::SequenceTerms<Ops> s = policy::sequence_terms<Ops>(t, o, log_low, log_high);
       log_ratio.add(s.log_ratio);  // masked lanes are 0 in these three
       drift.add(s.drift);
       rollout.add(s.rollout);
-      if (o.form == policy::Form::vespo) log_weight.add(select(on, s.log_weight, zero()));
+      if (o.form == policy::Form::vespo) log_weight.add(select(on, s.log_weight, Ops::splat(0)));
     }, [&] {
       log_ratio.flush();
       drift.flush();
@@ -218,40 +218,28 @@ class PolicyLoss {
     out.log_weight = log_weight.total();
   }
 
-  // body(first token, how many) for every W tokens of a block; flush() after every Sum::kRun of them.
-  template <class F, class G> static void over_words(const Block& b, const F& body, const G& flush) {
+  // body(first token, how many) for every kWidth tokens of a block; flush() after every Sum::kRun vectors.
+  template <class F, class G> static void over_tokens(const Block& b, const F& body, const G& flush) {
     for (int64_t start = 0; start < b.length; start += Sum::kRun * W) {
       const int64_t end = least(b.length, start + Sum::kRun * W);
-      for (int64_t i = start; i < end; i += W) body(i, (int)least(W, b.length - i));
+      for (int64_t i = start; i < end; i += Ops::kWidth) body(i, (int)least(Ops::kWidth, b.length - i));
       flush();
     }
   }
 
-  // body(sequence, first block, past its last block), in order.
-  template <class F> void for_sequences(const F& body) {
-    for (int64_t b = 0, block = 0; b < p_.sequences; ++b) {
-      const int64_t first = block;
-      while (block < count_ && blocks_[block].sequence == b) ++block;
-      body(b, first, block);
+  void finish_sequence(int64_t b) {
+    Partial s;
+    for (int64_t i = first_[b]; i < first_[b + 1]; ++i) {
+      s.tokens += partials_[i].tokens;
+      s.log_ratio += partials_[i].log_ratio;
+      s.drift += partials_[i].drift;
+      s.rollout += partials_[i].rollout;
+      s.log_weight += partials_[i].log_weight;
     }
-  }
-
-  void finish_sequences() {
-    for (int64_t i = 0; i < count_; ++i) tokens_ += partials_[i].tokens;
     const double given = p_.total > 0 ? p_.total : (double)tokens_, total = given < 1 ? 1 : given;
-    for_sequences([&](int64_t b, int64_t first, int64_t last) {
-      Partial s;
-      for (int64_t i = first; i < last; ++i) {
-        s.tokens += partials_[i].tokens;
-        s.log_ratio += partials_[i].log_ratio;
-        s.drift += partials_[i].drift;
-        s.rollout += partials_[i].rollout;
-        s.log_weight += partials_[i].log_weight;
-      }
-      factors_[b] = sums_ ? policy::finish_sequence(o_, s.log_ratio, s.drift, s.rollout, s.log_weight, s.tokens)
-                          : policy::SequenceFactors{};
-      weights_[b] = policy::sequence_weight(o_, s.tokens, p_.sequences, total);
-    });
+    factors_[b] = sums_ ? policy::finish_sequence(o_, s.log_ratio, s.drift, s.rollout, s.log_weight, s.tokens)
+                        : policy::SequenceFactors{};
+    weights_[b] = policy::sequence_weight(o_, s.tokens, p_.sequences, total);
   }
 
   // body(W entropies, their lanes that are active) over a block.
@@ -311,40 +299,47 @@ class PolicyLoss {
     }
     const policy::SequenceFactors f = factors_[b.sequence];
     const Rows rows(p_, b);
-    const vf weight = splat((float)weights_[b.sequence]);
-    const vf dentropy = splat((float)(-p_.entropy_coef / (bonus_ > 0 ? (double)bonus_ : 1.0)));
+    const V weight = Ops::splat((float)weights_[b.sequence]), none = Ops::splat(0);
+    const V dentropy = Ops::splat((float)(-p_.entropy_coef / (bonus_ > 0 ? (double)bonus_ : 1.0)));
     const bool top = p_.top_entropy > 0, masks_rollout = o.rollout != policy::Rollout::none;
     const bool clips = !plain || form == policy::Form::clipped || form == policy::Form::cispo;
     const float threshold = threshold_;
     const policy::ClipBounds clip = policy::clip_bounds(o);
-    const vf low = splat(clip.low), high = splat(clip.high);
     float* const dlogprob = p_.dlogprob && (own_ratio || !past_ratio_is_zero()) ? p_.dlogprob + b.place : nullptr;
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;
     const uint16_t* words = words_ + b.words;
+    const bool fetches = sums_ && rows.old;  // the tokens behind these, whose sums would wait for memory with nothing else to do
+    const float *const next = rows.logprob + b.length, *const next_old = rows.old + b.length;
     Sum loss, slope, approx_kl, ratio, kl, rollout_ratio, kept, entropy, bonus_entropy;
     vf least_ratio = splat(INFINITY), most_ratio = splat(-INFINITY);
-    vi clipped_low = splat(0), clipped_high = splat(0);  // lane by lane
+    int64_t clipped_low = 0, clipped_high = 0;
 
-    over_words(b, [&](int64_t i, int n) {
-      const uint32_t bits = *words++;
-      if (bits == 0) {
-        if (dlogprob) store_n(dlogprob + i, zero(), n);
-        if (!plain && dref) store_n(dref + i, zero(), n);
-        if (!plain && dent) store_n(dent + i, zero(), n);
+    over_tokens(b, [&](int64_t i, int n) {
+      const uint16_t* bits = words + i / W;
+      if (Ops::none(bits)) {
+        if (dlogprob) Ops::store(dlogprob + i, none, n);
+        if (!plain && dref) Ops::store(dref + i, none, n);
+        if (!plain && dent) Ops::store(dent + i, none, n);
         return;
       }
-      const vi on = lanes_of(bits);
-      const auto keep = [&](vf x) { return select(on, x, zero()); };
+      if (fetches) {
+        for (int k = 0; k < Ops::kWidth; k += 16) {
+          __builtin_prefetch(next + i + k, 0, 2);
+          __builtin_prefetch(next_old + i + k, 0, 2);
+        }
+      }
+      const M on = Ops::lanes(bits);
+      const auto keep = [&](V x) { return select(on, x, none); };
       policy::Token<Ops> t = rows.token<plain>(i, n, on);
-      vi bonus = on;
+      M bonus = on;
       if (!plain && rows.entropy) {
-        const vf h = keep(load_n(rows.entropy + i, n));
+        const V h = keep(Ops::load(rows.entropy + i, n));
         entropy.add(h);
         if (top) {
-          bonus &= h >= threshold;
-          t.top = select(bonus, splat(1.0f), zero());
-          bonus_entropy.add(select(bonus, h, zero()));
+          bonus = bonus & (h >= Ops::splat(threshold));
+          t.top = select(bonus, Ops::splat(1), none);
+          bonus_entropy.add(select(bonus, h, none));
         }
       }
       const policy::TokenLoss<Ops> x = policy::token_loss<Ops>(t, f, o);
@@ -352,23 +347,23 @@ class PolicyLoss {
       approx_kl.add(keep(x.approx_kl));
       if constexpr (own_ratio) {
         ratio.add(keep(x.ratio));
-        least_ratio = min(least_ratio, select(on, x.ratio, splat(INFINITY)));
-        most_ratio = max(most_ratio, select(on, x.ratio, splat(-INFINITY)));
-        if (dlogprob) store_n(dlogprob + i, keep(weight * policy::token_gradient<Ops>(x)), n);
+        least_ratio = min(least_ratio, Ops::fold_min(select(on, x.ratio, Ops::splat(INFINITY))));
+        most_ratio = max(most_ratio, Ops::fold_max(select(on, x.ratio, Ops::splat(-INFINITY))));
+        if (dlogprob) Ops::store(dlogprob + i, keep(weight * policy::token_gradient<Ops>(x)), n);
       } else {
         slope.add(keep(weight * x.slope));
-        if (dlogprob) store_n(dlogprob + i, keep(weight * x.direct), n);
+        if (dlogprob) Ops::store(dlogprob + i, keep(weight * x.direct), n);
       }
       if (clips) {
-        clipped_low -= on & (x.ratio < low) & (t.advantage < 0.0f);
-        clipped_high -= on & (x.ratio > high) & (t.advantage > 0.0f);
+        clipped_low += Ops::count(on & (x.ratio < Ops::splat(clip.low)) & (t.advantage < none));
+        clipped_high += Ops::count(on & (x.ratio > Ops::splat(clip.high)) & (t.advantage > none));
       }
       if constexpr (!plain) {
         if (o.kl != policy::Kl::none) kl.add(keep(x.kl));
         if (masks_rollout) rollout_ratio.add(keep(x.rollout_ratio));
         if (o.off_policy) kept.add(keep(x.kept));
-        if (dref) store_n(dref + i, keep(weight * x.dref), n);
-        if (dent) store_n(dent + i, select(bonus, dentropy, zero()), n);
+        if (dref) Ops::store(dref + i, keep(weight * x.dref), n);
+        if (dent) Ops::store(dent + i, select(bonus, dentropy, none), n);
       }
     }, [&] {
       loss.flush();
@@ -394,10 +389,8 @@ class PolicyLoss {
     out.kept = kept.total();
     out.entropy = entropy.total();
     out.bonus_entropy = top ? bonus_entropy.total() : out.entropy;
-    for (int i = 0; i < W; ++i) {
-      out.clipped_low += clipped_low[i];
-      out.clipped_high += clipped_high[i];
-    }
+    out.clipped_low = clipped_low;
+    out.clipped_high = clipped_high;
     if (own_ratio) {
       out.ratio_max = reduce_max(most_ratio);
       out.ratio_min = -reduce_max(-least_ratio);
@@ -412,34 +405,32 @@ class PolicyLoss {
     return o_.kl == policy::Kl::none && (o_.form == policy::Form::clipped || o_.form == policy::Form::sapo);
   }
 
-  void add_sequence_gradients() {
-    Scratch<float> g(p_.sequences);
-    for_sequences([&](int64_t b, int64_t first, int64_t last) {
-      double slope = 0;
-      for (int64_t i = first; i < last; ++i) slope += partials_[i].slope;
-      g[b] = (float)(slope * factors_[b].slope);
-    });
-    for_blocks([&](int64_t index) {
-      const Block b = blocks_[index];
-      const policy::Options o = o_;
-      const Rows rows(p_, b);
-      float* const dlogprob = p_.dlogprob + b.place;
-      const uint16_t* words = words_ + b.words;
-      const float slope = g[b.sequence];
-      const bool alone = past_ratio_is_zero();
-      for (int64_t i = 0; i < b.length; i += W) {
-        const int n = (int)least(W, b.length - i);
-        const uint32_t bits = *words++;
-        if (bits == 0) {
-          if (alone) store_n(dlogprob + i, zero(), n);
-          continue;
-        }
-        const vi on = lanes_of(bits);
-        const policy::Token<Ops> t = rows.token<true>(i, n, on);
-        const vf more = select(on, policy::sequence_gradient<Ops>(t.logprob, t.old, slope, o), zero());
-        store_n(dlogprob + i, alone ? more : load_n(dlogprob + i, n) + more, n);
+  // What d loss / d ratio of a sequence gives each of its tokens' log ratios.
+  float ratio_slope(int64_t b) const {
+    double slope = 0;
+    for (int64_t i = first_[b]; i < first_[b + 1]; ++i) slope += partials_[i].slope;
+    return (float)(slope * factors_[b].slope);
+  }
+
+  void ratio_gradient_pass(int64_t index, float slope) {
+    const Block b = blocks_[index];
+    const policy::Options o = o_;
+    const Rows rows(p_, b);
+    float* const dlogprob = p_.dlogprob + b.place;
+    const uint16_t* words = words_ + b.words;
+    const bool alone = past_ratio_is_zero();
+    const V none = Ops::splat(0);
+    over_tokens(b, [&](int64_t i, int n) {
+      const uint16_t* bits = words + i / W;
+      if (Ops::none(bits)) {
+        if (alone) Ops::store(dlogprob + i, none, n);
+        return;
       }
-    });
+      const M on = Ops::lanes(bits);
+      const policy::Token<Ops> t = rows.token<true>(i, n, on);
+      const V more = select(on, policy::sequence_gradient<Ops>(t.logprob, t.old, slope, o), none);
+      Ops::store(dlogprob + i, alone ? more : Ops::load(dlogprob + i, n) + more, n);
+    }, [] {});
   }
 
   void write_metrics() {
@@ -484,9 +475,10 @@ class PolicyLoss {
   const policy::Options& o_;
   const bool sums_, plain_;
   const int64_t count_;
-  int64_t places_ = 0, tokens_ = 0, bonus_ = 0;
+  int64_t places_ = 0, longest_ = 0, tokens_ = 0, bonus_ = 0;
   Scratch<Block> blocks_;
   Scratch<Partial> partials_;
+  Scratch<int64_t> first_;                   // of a sequence's blocks; [B + 1]
   Scratch<uint16_t> words_;                  // W mask bits each
   Scratch<policy::SequenceFactors> factors_; // [B]
   Scratch<double> weights_;                  // [B]

@@ -127,19 +127,24 @@ template <class Ops> TK_POLICY typename Ops::V rollout_ratio(typename Ops::V rat
   return Ops::select(Ops::either(ratio < low, ratio > high), Ops::splat(0.0f), ratio);
 }
 
+// log r of a token, clamped; and what vespo sums of it. Both 0 for a token whose values are 0.
+template <class Ops> TK_POLICY typename Ops::V log_ratio(const Token<Ops>& t, const Options& o) {
+  return clamp<Ops>(t.logprob - t.old, -o.log_ratio_clamp, o.log_ratio_clamp);
+}
+template <class Ops> TK_POLICY typename Ops::V log_weight(const Token<Ops>& t) { return clamp<Ops>(t.logprob - t.old, -20.0f, 20.0f); }
+
 // Step 1. ln(rollout ratio) of a truncated ratio is the clamped log; a masked one counts as 1e-8. rollout_log_low and _high:
 // the logs of the bounds, -inf for a bound of 0 or less.
 template <class Ops>
 TK_POLICY SequenceTerms<Ops> sequence_terms(const Token<Ops>& t, const Options& o, float rollout_log_low, float rollout_log_high) {
   using V = typename Ops::V;
   SequenceTerms<Ops> s;
-  const V log_ratio = t.logprob - t.old;
-  s.log_ratio = clamp<Ops>(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
+  s.log_ratio = log_ratio<Ops>(t, o);
   s.drift = t.rollout - t.logprob;
   s.rollout = t.old - t.rollout;
   s.log_weight = Ops::splat(0.0f);
   if (o.form == Form::vespo) {
-    s.log_weight = clamp<Ops>(log_ratio, -20.0f, 20.0f);
+    s.log_weight = log_weight<Ops>(t);
     if (o.rollout != Rollout::none) {
       V x = s.rollout;
       const V low = Ops::splat(rollout_log_low), high = Ops::splat(rollout_log_high);
@@ -220,8 +225,9 @@ template <class Ops> TK_POLICY TokenLoss<Ops> token_loss(const Token<Ops>& t, co
     loss = direct * t.logprob;
   } else if (o.form == Form::sapo) {
     const V tau = Ops::select(a > zero, Ops::splat(o.tau_positive), Ops::splat(o.tau_negative));
+    const V scale = Ops::select(a > zero, Ops::splat(4.0f / o.tau_positive), Ops::splat(4.0f / o.tau_negative));
     const V x = tau * (r - one), e = Ops::exp(-Ops::abs(x)), q = one / (one + e);  // sigmoid(|x|)
-    loss = -Ops::select(x < zero, e * q, q) * (Ops::splat(4.0f) / tau) * a;
+    loss = -Ops::select(x < zero, e * q, q) * scale * a;
     slope = Ops::splat(-4.0f) * a * (e * q * q) * r;
   } else {
     direct = -a;

@@ -42,11 +42,11 @@ class Op:
         _LIBRARY.impl(name, self._run, "CUDA")
         torch.library.register_fake(f"thinkernel::{name}", fake, lib=_LIBRARY)
         self.overload = getattr(torch.ops.thinkernel, name).default
-        self.autograd: Callable[..., Any] = self._run  # what the Autograd key holds, if anything
+        self.eager: Callable[..., Any] = self._run  # what a call does that passes the dispatcher over
         OPS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self.autograd(*args) if _eager(args) else self.overload(*args)
+        return self.eager(*args) if _eager(args) else self.overload(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
         """The kernels' results, for a body of the Autograd key."""
@@ -116,37 +116,37 @@ class Op:
         Where `reference` is given and the reference backend is chosen in eager mode, it runs as plain torch under
         autograd, which spares the recomputation an opaque backward op needs.
         """
-        op = self
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                outputs = op._below_autograd(*args)
-                setup(ctx, args, outputs)
-                return outputs
+        def through(kernels: Callable[..., Any]) -> Callable[..., Any]:
+            class Function(torch.autograd.Function):
+                @staticmethod
+                def forward(ctx: Any, *args: Any) -> Any:
+                    outputs = kernels(*args)
+                    setup(ctx, args, outputs)
+                    return outputs
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return backward(ctx, *grads)
+                @staticmethod
+                def backward(ctx: Any, *grads: Any) -> Any:
+                    return backward(ctx, *grads)
 
-        Function.__name__ = Function.__qualname__ = op.name
-        plain_apply = super(torch.autograd.Function, Function).apply  # without functorch's look at each argument, 6 µs
+            Function.__name__ = Function.__qualname__ = self.name
+            plain_apply = super(torch.autograd.Function, Function).apply  # without functorch's look at each argument, 6 µs
 
-        def autograd(*args: Any) -> Any:
-            if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
-                return op._below_autograd(*args)
-            if reference is not None and _plain(args):
-                args = op._all_arguments(args)
-                choice = op.choose(args)
-                if choice.backend == "reference":
-                    if op.check_contents is not None:
-                        op.check_contents(*args)
+            def autograd(*args: Any) -> Any:
+                if not torch.is_grad_enabled() or not _any_requires_grad(args):
+                    return kernels(*args)
+                args = self._all_arguments(args)
+                if reference is not None and _plain(args) and self.choose(args).backend == "reference":
+                    if self.check_contents is not None:
+                        self.check_contents(*args)
                     return reference(*args)
-            apply = Function.apply if torch._C._are_functorch_transforms_active() else plain_apply
-            return apply(*op._all_arguments(args))
+                apply = Function.apply if torch._C._are_functorch_transforms_active() else plain_apply
+                return apply(*args)
 
-        self.autograd = autograd
-        _LIBRARY.impl(self.name, autograd, "Autograd")
+            return autograd
+
+        self.eager = through(self._run)
+        _LIBRARY.impl(self.name, through(self._below_autograd), "Autograd")
 
     def refuse_gradient(self, why: str) -> None:
         """Differentiating this op is an error that names it and says why."""
@@ -162,12 +162,12 @@ class Op:
                 raise NotImplementedError(f"thinkernel::{op.name} has no gradient: {why}")
 
         def autograd(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if torch.is_grad_enabled() and _any_requires_grad(args):
                 outputs = Function.apply(*op._all_arguments(args))
                 return list(outputs) if op.schema.returns[0].type.kind() == "ListType" else outputs
             return op._below_autograd(*args)
 
-        self.autograd = autograd
+        self.eager = autograd
         _LIBRARY.impl(self.name, autograd, "Autograd")
 
 
@@ -269,6 +269,13 @@ def _contiguous(found: Any) -> Any:
     if isinstance(found, Tensor):
         return found.contiguous()
     return None if found is None else type(found)(_contiguous(x) for x in found)
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def _plain(args: Sequence[Any]) -> bool:

@@ -139,14 +139,6 @@ def normaliser(reduction: str, num_items_in_batch: Tensor | None, n: Numbers, se
     return max(1.0, n.items if num_items_in_batch is None else float(num_items_in_batch))
 
 
-def _row(x: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """x with a contiguous last dimension, its address, and the stride between its rows."""
-    if x is None:
-        return None, 0, 0
-    x = rows_contiguous(x)
-    return x, x.data_ptr(), x.stride(0)
-
-
 def _or(x: float, default: float) -> float:
     return default if math.isnan(x) else x
 
@@ -175,30 +167,36 @@ def _cpu(
 ) -> tuple[Tensor, ...]:
     shape, n = logprob.shape, Numbers(*numbers)
     per_token = advantages.shape == shape
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    logprob, logprob_at, logprob_stride = _row(logprob)  # type: ignore[assignment]
-    old_logprob, old_at, old_stride = _row(old_logprob)
-    ref_logprob, ref_at, ref_stride = _row(ref_logprob)
-    rollout_logprob, rollout_at, rollout_stride = _row(rollout_logprob)
-    entropy, entropy_at, entropy_stride = _row(entropy)
-    mask, mask_at, mask_stride = _row(mask)  # type: ignore[assignment]
-    if per_token:
-        advantages = rows_contiguous(advantages)
-    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    fields: dict[str, Any] = kernel_options(
+        loss_type, None if ref_logprob is None else kl, rollout_correction, sequence_level, kl_correction, n
+    )
+    kept = []  # what is copied here must outlive the call
+    for name, stride, x in (
+        ("logprob", "logprob_stride", logprob), ("old_logprob", "old_logprob_stride", old_logprob),
+        ("ref_logprob", "ref_logprob_stride", ref_logprob), ("rollout_logprob", "rollout_logprob_stride", rollout_logprob),
+        ("entropy", "entropy_stride", entropy), ("mask", "mask_stride", mask),
+        ("advantages", "advantages_stride", advantages),
+    ):  # fmt: skip
+        if x is not None:
+            if x is not advantages or per_token:
+                x = rows_contiguous(x)
+            kept.append(x)
+            fields[name], fields[stride] = x.data_ptr(), x.stride(0)
+    sequences = shape[0]
+    if cu_seqlens is not None:
+        cu_seqlens, sequences = cu_seqlens.long().contiguous(), cu_seqlens.shape[0] - 1
+        fields["cu_seqlens"] = cu_seqlens.data_ptr()
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    results = [empty(shape, logprob) if need else torch.empty(0) for need in needs]
-    dlogprob, dentropy, dref = (x.data_ptr() if need else 0 for x, need in zip(results, needs, strict=True))
+    results = []
+    for name, need in zip(("dlogprob", "dentropy", "dref_logprob"), needs, strict=True):
+        results.append(empty(shape if need else (0,), logprob))
+        if need:
+            fields[name] = results[-1].data_ptr()
     C.policy_loss(C.PolicyLossParams(
-        **kernel_options(loss_type, kl if ref_at else None, rollout_correction, sequence_level, kl_correction, n),
-        sequences=sequences, length=shape[-1], cu_seqlens=pointer(cu_seqlens), logprob=logprob_at,
-        old_logprob=old_at, ref_logprob=ref_at, rollout_logprob=rollout_at, entropy=entropy_at,
-        advantages=advantages.data_ptr(), mask=mask_at, logprob_stride=logprob_stride, old_logprob_stride=old_stride,
-        ref_logprob_stride=ref_stride, rollout_logprob_stride=rollout_stride, entropy_stride=entropy_stride,
-        advantages_stride=advantages.stride(0), mask_stride=mask_stride, advantage_per_token=int(per_token),
-        mask_bytes=mask.element_size(), mask_is_float=int(mask.is_floating_point()),
-        total=normaliser(REDUCTION[loss_type], num_items_in_batch, n, sequences), top_entropy=_or(n.top_entropy, 0.0),
-        entropy_coef=n.entropy_coef, loss=loss.data_ptr(), metrics=metrics.data_ptr(), dlogprob=dlogprob, dentropy=dentropy,
-        dref_logprob=dref, threads=torch.get_num_threads(),
+        **fields, sequences=sequences, length=shape[-1], advantage_per_token=int(per_token), mask_bytes=mask.element_size(),
+        mask_is_float=int(mask.is_floating_point()), total=normaliser(REDUCTION[loss_type], num_items_in_batch, n, sequences),
+        top_entropy=_or(n.top_entropy, 0.0), entropy_coef=n.entropy_coef, loss=loss.data_ptr(), metrics=metrics.data_ptr(),
+        threads=torch.get_num_threads(),
     ))  # fmt: skip
     return loss, metrics, *results
 
