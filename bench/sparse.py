@@ -8,7 +8,7 @@ attention.py's way of interleaving: every contestant runs untimed right before i
 attention: S queries of H heads over K of T latents (576 values, 512 of them the value), forward and forward + backward; decode: one
 query for each of B sequences. The PyTorch forms gather the latents of all queries, or of 16 at a time, and multiply, or call SDPA with
 the heads as query rows. indexer: scores of Hi heads x 128 and selection; the PyTorch form in one piece, and 64 queries at a time.
-Results go to bench/results/sparse_cpu.json.
+Results go to bench/results/sparse_cpu.json, where what other runs found of other work stays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def report(work: str, shape: str, dtype: str, runs: Runs, repeats: int) -> Row:
     speedup = {who: round(statistics.median(b / a for a, b in zip(times[ours], times[who])), 2) for who in others}
     line = ", ".join(f"{who} {t * 1e3:.3f}" for who, t in middle.items())
     print(f"{work} {shape} {dtype}: {line} ms; " + ", ".join(f"{x}x {who}" for who, x in speedup.items()), flush=True)
-    return dict(work=work, shape=shape, dtype=dtype, milliseconds={who: round(t * 1e3, 3) for who, t in middle.items()}, speedup=speedup)
+    milliseconds = {who: round(t * 1e3, 3) for who, t in middle.items()}
+    return dict(work=work, shape=shape, dtype=dtype, repeats=repeats, milliseconds=milliseconds, speedup=speedup)
 
 
 def topk(dtype: torch.dtype) -> list[tuple[str, Runs]]:
@@ -94,6 +95,8 @@ def attention(dtype: torch.dtype, backward: bool) -> list[tuple[str, Runs]]:
         "thinkernel": ours, "matmuls": by_matmuls, "matmuls, 16 queries": some_at_a_time(by_matmuls, 16), "sdpa": by_sdpa,
         "sdpa, 16 queries": some_at_a_time(by_sdpa, 16),
     }  # fmt: skip
+    if backward:  # the fastest of them; the others take up to twice as long, and those in one piece many gigabytes
+        forms = {who: forms[who] for who in ("thinkernel", "sdpa, 16 queries")}
 
     def run(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
         def both() -> object:
@@ -165,10 +168,11 @@ def main() -> None:
     torch.manual_seed(0)
     record: Row = dict(
         machine=cpu_name(), isa=C.isa(), threads=args.threads, torch=torch.__version__, commit=commit(),
-        date=datetime.date.today().isoformat(), repeats=args.repeats,
+        date=datetime.date.today().isoformat(),
     )  # fmt: skip
-    rows: list[Row] = []
     args.out.parent.mkdir(exist_ok=True)
+    found = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows: list[Row] = [row for row in found if row["work"] not in args.work or row["dtype"] not in args.dtypes]  # of other runs
     for work in args.work:
         for name in args.dtypes:
             with tk.use_backend("cpu"):
