@@ -82,11 +82,20 @@ template <class S, class Kv> struct Forward {
     return named_keys(p.indices + (x.t * Hkv + x.g) * K, K, key_count(p, x.b), m.list, &ascending);
   }
 
-  // Named keys [from, from + n) of the item's list, at most a split of them; `count` is how many there are in all.
-  void split(const Item& x, const Mine& m, int64_t from, int64_t n, int64_t count, const State& result) const {
+  // A block of slots from `slot` on of item i, which comes next; nothing where there is none.
+  Named opening(int64_t i, int64_t items, int64_t slot) const {
+    if (i >= items) return {};
+    const Item x = item(i);
+    return {x.b, x.g, p.indices + (x.t * Hkv + x.g) * K + slot, most(0, least(Block::kKeys, K - slot)), key_count(p, x.b)};
+  }
+
+  // Named keys [from, from + n) of the item's list, at most a split of them; `count` is how many there are in all. then: fetched at
+  // the end of the last of them.
+  void split(const Item& x, const Mine& m, int64_t from, int64_t n, int64_t count, const State& result, const Named& then) const {
     const auto ahead = [&](int64_t first) {
       const int64_t some = most(0, least(Block::kKeys, count - first));
-      return GatherAhead<Kv>(keys, apart ? &values : nullptr, x.b, x.g, m.list + first, some, token, Dv);
+      const Named next = some ? Named{x.b, x.g, m.list + first, some, key_count(p, x.b)} : then;
+      return GatherAhead<Kv>(keys, apart ? &values : nullptr, next, token, Dv);
     };
     for (int64_t r = 0; r < padded(); ++r) result.m[r] = -INFINITY, result.l[r] = 0.0f;
     bool sees[kRows / kPanel];
@@ -131,7 +140,7 @@ template <class S, class Kv> struct Forward {
         const int64_t count = prepare(x, m);
         for (int64_t r = 0; r < x.rows; ++r) m.sum.m[r] = -INFINITY, m.sum.l[r] = 0.0f;
         for (int64_t k = 0; k < count; k += kSparseSplit) {
-          split(x, m, k, least(kSparseSplit, count - k), count, m.part);
+          split(x, m, k, least(kSparseSplit, count - k), count, m.part, opening(i + p.threads, items, 0));
           take_in(m.sum, m.part, x.rows);
         }
         finish(x, m.sum, 0, x.rows);
@@ -143,7 +152,8 @@ template <class S, class Kv> struct Forward {
       const Mine m = mine(scratch + thread * floats);
       const Item x = item(i / splits);
       const int64_t from = i % splits * kSparseSplit, count = prepare(x, m), end = least(count, from + kSparseSplit);
-      split(x, m, from, most(0, end - from), end, partial(i / splits, i % splits));
+      const int64_t later = i + p.threads;  // threads take items in turn, about
+      split(x, m, from, most(0, end - from), end, partial(i / splits, i % splits), opening(later / splits, items, later % splits * kSparseSplit));
     });
     constexpr int64_t kSome = 4;  // rows merged at a time
     const int64_t blocks = (rows + kSome - 1) / kSome;

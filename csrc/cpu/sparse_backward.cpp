@@ -207,7 +207,7 @@ template <class S> struct Backward {
         Line<T> lines[Block::kKeys / kLine], value_lines[Block::kKeys / kLine];
         const int64_t line_count = gather(keys, b, g, list + k, keys_now, D, width, copy, lines);
         if (apart) gather(values, b, g, list + k, keys_now, Dv, value_width, value_copy, value_lines);
-        next = GatherAhead<S>(keys, apart ? &values : nullptr, b, g, list + k + keys_now, after, D, Dv);
+        next = GatherAhead<S>(keys, apart ? &values : nullptr, {b, g, list + k + keys_now, after, key_count(p, b)}, D, Dv);
         next.spread(Block::beats(n, 2 * D, D));
         for (int64_t r = 0; r < n; r += kPanel) {
           const int64_t some = least(kPanel, n - r);

@@ -64,12 +64,18 @@ inline int64_t named_keys(const int32_t* slots, int64_t K, int64_t n, int32_t* l
   return count;
 }
 
-// Rows of keys (and values, where they lie apart) on their way into L2 while others are worked on.
+// Slots that name some of `limit` keys, or none.
+struct Named {
+  int64_t b, g;
+  const int32_t* slots;
+  int64_t count, limit;
+};
+// Rows of keys (and values, where they lie apart) on their way into L2 while others are worked on. A slot that names none fetches some key.
 template <class Kv> class GatherAhead {
  public:
   GatherAhead() = default;
-  GatherAhead(const KeyRows<Kv>& k, const KeyRows<Kv>* v, int64_t b, int64_t g, const int32_t* list, int64_t count, int64_t k_values, int64_t v_values)
-      : k_(&k), v_(v), b_(b), g_(g), list_(list), left_(count), k_bytes_(k_values * (int64_t)sizeof(Kv)), v_bytes_(v_values * (int64_t)sizeof(Kv)) {
+  GatherAhead(const KeyRows<Kv>& k, const KeyRows<Kv>* v, const Named& x, int64_t k_values, int64_t v_values)
+      : k_(&k), v_(v), b_(x.b), g_(x.g), list_(x.slots), left_(x.limit > 0 ? x.count : 0), limit_(x.limit), k_bytes_(k_values * (int64_t)sizeof(Kv)), v_bytes_(v_values * (int64_t)sizeof(Kv)) {
     if (left_ > 0) begin(*k_, k_bytes_);
   }
   // So that everything is fetched in `calls` calls of beat().
@@ -84,7 +90,7 @@ template <class Kv> class GatherAhead {
 
  private:
   void begin(const KeyRows<Kv>& x, int64_t bytes) {
-    at_ = (const char*)x.row(b_, g_, *list_);
+    at_ = (const char*)x.row(b_, g_, *list_ >= 0 && *list_ < limit_ ? *list_ : 0);
     end_ = at_ + bytes;
     at_ = (const char*)((uintptr_t)at_ & ~(uintptr_t)63);
   }
@@ -97,7 +103,7 @@ template <class Kv> class GatherAhead {
   const KeyRows<Kv>*k_ = nullptr, *v_ = nullptr;
   int64_t b_ = 0, g_ = 0;
   const int32_t* list_ = nullptr;
-  int64_t left_ = 0, k_bytes_ = 0, v_bytes_ = 0, rate_ = 1;
+  int64_t left_ = 0, limit_ = 0, k_bytes_ = 0, v_bytes_ = 0, rate_ = 1;
   const char *at_ = nullptr, *end_ = nullptr;
   bool value_ = false;
 };
