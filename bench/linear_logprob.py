@@ -3,7 +3,8 @@
     python bench/linear_logprob.py
     python bench/linear_logprob.py --shapes 2048x1024x32768 2048x896x151936 --dtypes bfloat16 float32 --compiled
 
-Medians over repeats in which every contestant runs once in turn, beside a GEMM canary (torch's own 2048³ matmul at that
+Medians over repeats in which every contestant runs once in turn, the best of --rounds of them for each contestant (the machines
+at hand are slower for minutes at a time), beside a GEMM canary (torch's own 2048³ matmul at that
 minute), the floor (1 or 4 GEMMs of 2NDV FLOPs at torch's quiet GEMM rate), our packed GEMM's rate (tk.linear, 2048³) and
 (--memory) the extra memory of a first call, each in a child process: the rise of the high-water mark less what every form
 must return, logprob and the gradients of hidden and weight. Results go to bench/results/.
@@ -97,13 +98,16 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, obje
     rows: list[dict[str, object]] = []
     for work, gemms in (("forward", 1), ("forward+backward", 4)):
         runs = gauges | contestants(args, dtype, gemms == 4)
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        times: dict[str, list[list[float]]] = {name: [] for name in runs}  # rounds of repeats
         for run in runs.values():
             run()
-        for _ in range(args.repeats):
-            for name, run in runs.items():
-                times[name].append(milliseconds(run))
-        medians = {name: statistics.median(t) for name, t in times.items()}
+        for _ in range(args.rounds):
+            for t in times.values():
+                t.append([])
+            for _ in range(args.repeats):
+                for name, run in runs.items():
+                    times[name][-1].append(milliseconds(run))
+        medians = {name: min(statistics.median(t) for t in rounds) for name, rounds in times.items()}
         N, D, V = args.shape
         floor = 1e3 * gemms * 2 * N * D * V / GEMM[dtype]
         best = min(m for name, m in medians.items() if "thinkernel" not in name and name not in gauges)
@@ -113,10 +117,13 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, obje
         for name, median in medians.items():
             peak = peak_mib(args, dtype, gemms == 4, name) if args.memory else None
             memory = "" if peak is None else f"  +{peak:.1f} MiB beside results"
-            print(f"  {name:36} median {median:8.1f} ms  best {min(times[name]):8.1f}  best of torch / this {best / median:5.2f}{memory}",
+            fastest = min(map(min, times[name]))
+            print(f"  {name:36} median {median:8.1f} ms  best {fastest:8.1f}  best of torch / this {best / median:5.2f}{memory}",
                   flush=True)
             rows.append({"dtype": str(dtype), "N": N, "D": D, "V": V, "work": work, "form": name, "median_ms": median,
-                         "best_ms": min(times[name]), "best_torch_over_this": best / median, "extra_mib_beside_results": peak,
+                         "best_ms": fastest, "medians_ms": [statistics.median(t) for t in times[name]],
+                         "best_torch_over_this": best / median,
+                         "extra_mib_beside_results": peak,
                          "floor_ms": floor, "gemm_tflops": rates})
     return rows
 
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also torch.compile's form (compiling takes a minute)")
     parser.add_argument("--forms", nargs="+", help="only these (naive must be among them)")
     parser.add_argument("--memory", action="store_true", help="also the extra memory")

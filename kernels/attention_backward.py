@@ -34,6 +34,10 @@ from .attention_tiles import (
 )
 from .primitives import dot, is_wide, launch, load_tile, store_tile
 
+# float32's dP sums its Dv terms in chains of so many: where a row sees a dozen keys, half of dQ's and dK's error is what dP = dO·Vᵀ
+# loses in one chain.
+CHAIN = tl.constexpr(32)
+
 
 @triton.jit(do_not_specialize=["S"])
 def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, delta_ptr, dsink_ptr, S, H, stride_ob, stride_os, stride_oh,
@@ -174,7 +178,7 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
                 s = dot(k_rest, tl.trans(q_rest), s)
             dout_at = dout_base + g * stride_gh + m0.to(tl.int64) * stride_gs
             dout = load_tile(dout_at, stride_gs, S - m0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
-            dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32))  # [N, M]
+            dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32), CHAIN)  # [N, M]
             level = tl.load(level_base + g * S_all + row, mask=row < S, other=float("inf"))
             delta = tl.load(delta_base + g * S_all + row, mask=row < S, other=0.0)
             s, slope = capped(s, scale, softcap, SOFTCAP)
@@ -257,7 +261,7 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
             k_rest = load_tile(k_base + at_n * stride_ks, stride_ks, T - n0, N, BLOCK_D, REST_D, D, WIDE)
             s = dot(q_rest, tl.trans(k_rest), s)
         v = load_tile(v_base + at_n * stride_vs, stride_vs, T - n0, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
-        dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32))  # [M, N]
+        dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32), CHAIN)  # [M, N]
         s, slope = capped(s, scale, softcap, SOFTCAP)
         if (block < whole_first) | (block >= whole_last):
             j = n0 + tl.arange(0, N)

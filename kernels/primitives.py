@@ -15,16 +15,20 @@ _INTERPRET = tl.constexpr(INTERPRET)
 
 
 @triton.jit
-def dot(a, b, accumulator):
-    """accumulator + a·b in float32, and IEEE float32 where the operands are float32 (no tf32)."""
+def dot(a, b, accumulator, DEPTH: tl.constexpr = 128):
+    """accumulator + a·b in float32, and IEEE float32 where the operands are float32 (no tf32).
+
+    float32 operands deeper than DEPTH are multiplied in parts that deep (or 64), whose results are then added.
+    """
     if _INTERPRET:  # its bfloat16 product multiplies the raw 16-bit words
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if a.dtype == tl.float32 and a.shape[1] > 128:
+    if a.dtype == tl.float32 and a.shape[1] > DEPTH:
         # Without tensor cores each thread holds its operands' whole depth in registers: 256 deep they spill.
-        PARTS: tl.constexpr = a.shape[1] // 64
-        a_parts = tl.permute(tl.reshape(a, (a.shape[0], PARTS, 64)), (1, 0, 2))
-        b_parts = tl.reshape(b, (PARTS, 64, b.shape[1]))
+        PART: tl.constexpr = DEPTH if DEPTH < 64 else 64
+        PARTS: tl.constexpr = a.shape[1] // PART
+        a_parts = tl.permute(tl.reshape(a, (a.shape[0], PARTS, PART)), (1, 0, 2))
+        b_parts = tl.reshape(b, (PARTS, PART, b.shape[1]))
         result = accumulator + tl.sum(tl.dot(a_parts, b_parts, input_precision="ieee"), 0)
     else:
         result = tl.dot(a, b, accumulator, input_precision="ieee")

@@ -10,7 +10,7 @@
 //
 // Canonical order: a sequence's queries are counted from the first one that can see a key and cut into blocks of kQueries,
 // its keys from the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over
-// query blocks, ascending; dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
+// query blocks, descending; dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
 //   many pairs:  one item per (sequence, key head) does all of it, five products a block
 //   few pairs:   dK, dV by key block, then dQ by query block, seven products, any number of threads
 // Packed sequences of unequal length do both: the longest ones by blocks, then the others by pairs, the long before the short.
@@ -303,7 +303,7 @@ template <class St> struct Backward {
       memset(dv[u], 0, rows * ldv * sizeof(float));
     }
     for (int64_t g = 0; g < G; ++g)
-      for (int64_t qb = seen[0].lo; qb < seen[count - 1].hi; ++qb) {
+      for (int64_t qb = seen[count - 1].hi - 1; qb >= seen[0].lo; --qb) {
         const int64_t at_dq = g * x.s.q_blocks + qb;
         for (int64_t u = 0; u < count; ++u)
           if (seen[u].lo <= qb && qb < seen[u].hi)

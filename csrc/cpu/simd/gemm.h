@@ -17,7 +17,8 @@
 //                                      the same on panels that lie a_panel and b_panel elements apart: a range of k of longer
 //                                      panels (start at A + k * MR, B + k * NR). Float also takes an A that is not packed:
 //                                      gemm_panels<RS, CS> reads element (m, k) of a panel at m * RS + k * CS (RS = 0: rows
-//                                      a_panel / MR apart; gemm_rows is this for a whole matrix)
+//                                      a_panel / MR apart; gemm_rows is this for a whole matrix), and gemm_panels<RS, CS, -1>
+//                                      element (n, k) of B's at n - k * NR: with a negative CS, a sum from the last k down
 //   G::KB                              the summation block, below
 //
 // All pointers may be unaligned, but packed operands on 64 bytes are faster. On the AMX level a thread calls gemm
@@ -73,7 +74,7 @@ template <> struct Gemm<float> {
                         int64_t ldc, bool accumulate) {
     gemm_panels<0, 1>(M, N, K, A, MR * a_stride, B, NR * K, C, ldc, accumulate);
   }
-  template <int64_t RS = 1, int64_t CS = MR>
+  template <int64_t RS = 1, int64_t CS = MR, int64_t BS = 1>
   static void gemm_panels(int64_t M, int64_t N, int64_t K, const float* A, int64_t a_panel, const float* B,
                           int64_t b_panel, float* C, int64_t ldc, bool accumulate) {
     if (K == 0 && !accumulate) {
@@ -87,12 +88,12 @@ template <> struct Gemm<float> {
       // L2 meanwhile, a share with each tile.
       const int64_t lines = M > 4 * MR ? kn * NR / 16 * MR / M + 1 : 0;
       for (int64_t n = 0; n < N; n += NR) {
-        const float* b = B + n / NR * b_panel + k * NR;
-        const float* next = n + NR < N ? b + b_panel : B + (k + KB) * NR;
+        const float* b = B + n / NR * b_panel + k * BS * NR;
+        const float* next = (n + NR < N ? b + b_panel : B + (k + KB) * BS * NR) - (BS < 0 ? kn - 1 : 0) * NR;
         const int cols = (int)least(NR, N - n);
         for (int64_t m = 0; m < M; m += MR, next += lines * 16) {
           for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + i * 16, 0, 2);
-          tile_of<MR, RS, CS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, a_panel / MR, b, C + m * ldc + n, ldc,
+          tile_of<MR, RS, CS, BS>((int)least(MR, M - m), kn, A + m / MR * a_panel + k * CS, a_panel / MR, b, C + m * ldc + n, ldc,
                               cols, add, n == 0 ? a_panel : 0);
         }
       }
@@ -138,7 +139,7 @@ template <> struct Gemm<float> {
   }
 
   // R x NR of C from one panel of each; 2R accumulators, all in registers.
-  template <int R, int64_t RS, int64_t CS>
+  template <int R, int64_t RS, int64_t CS, int64_t BS>
   static void tile(int64_t K, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, int cols, bool add,
                    int64_t ahead) {
     vf acc[R][2];
@@ -149,7 +150,7 @@ template <> struct Gemm<float> {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r += 3) row[r / 3] = a + r * step;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < K; ++k, b += NR) {
+    for (int64_t k = 0; k < K; ++k, b += BS * NR) {
       if constexpr (R == MR && RS == 1) __builtin_prefetch(row[0] + ahead, 0, 2);  // the next panel of A, into L2
       const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
@@ -179,11 +180,11 @@ template <> struct Gemm<float> {
         }
     }
   }
-  template <int R, int64_t RS, int64_t CS>
+  template <int R, int64_t RS, int64_t CS, int64_t BS>
   static void tile_of(int rows, int64_t K, const float* a, int64_t stride, const float* b, float* c, int64_t ldc, int cols,
                       bool add, int64_t ahead) {
-    if (rows == R) return tile<R, RS, CS>(K, a, stride, b, c, ldc, cols, add, ahead);
-    if constexpr (R > 1) tile_of<R - 1, RS, CS>(rows, K, a, stride, b, c, ldc, cols, add, ahead);
+    if (rows == R) return tile<R, RS, CS, BS>(K, a, stride, b, c, ldc, cols, add, ahead);
+    if constexpr (R > 1) tile_of<R - 1, RS, CS, BS>(rows, K, a, stride, b, c, ldc, cols, add, ahead);
   }
 };
 

@@ -49,7 +49,8 @@ def torch_attention(
         out, lse = FusedAttention.apply(q, k, v, sinks, visible, scale, softcap or 0.0)
         return out.transpose(1, 2), lse.transpose(1, 2)
     empty, width = ~visible.any(-1, keepdim=True), max(q.shape[-1], v.shape[-1])
-    q_wide, k_wide, v_wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    # Contiguous: SDPA leaves its fused kernel for an eager softmax where a last dimension is not, and a layout chose the baseline.
+    q_wide, k_wide, v_wide = (F.pad(x, (0, width - x.shape[-1])).contiguous() for x in (q, k, v))
     out = F.scaled_dot_product_attention(q_wide, k_wide, v_wide, attn_mask=visible | empty, scale=scale)[..., : v.shape[-1]]
     _, lse = masked_softmax(FusedAttention.scores(q, k, scale, 0.0), visible)
     return out.masked_fill(empty, 0.0).transpose(1, 2), lse.transpose(1, 2)
