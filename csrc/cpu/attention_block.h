@@ -186,15 +186,11 @@ inline float row_max(const Transform& f, float* s, const RowLines& x) {
   return reduce_max(top[0]);
 }
 
-struct NoWork {
-  void tick() {}
-};
-
 // Row r of a block: its transformed scores, whose maximum is m, -> probabilities over [k0, k1), zeros outside [lo, hi), and
-// their sum, while a Probs<T>::Mode lives. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1. beside.tick() is called once a step.
-template <class T, class Work>
+// their sum, while a Probs<T>::Mode lives. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1.
+template <class T>
 inline __attribute__((always_inline)) float row_probs(const Transform& f, float m, float* scores, T* probs, int64_t r,
-                                                      const RowLines& at, int64_t k0, int64_t k1, Work& beside) {
+                                                      const RowLines& at, int64_t k0, int64_t k1) {
   constexpr int U = kLine / W, N = kStep;
   const float* s = scores + r * kLd;
   T* row = Probs<T>::row(scores, probs, r);
@@ -229,7 +225,6 @@ inline __attribute__((always_inline)) float row_probs(const Transform& f, float 
     for (int i = 0; i < N; ++i) sum[i % U] += x[i];
 #pragma GCC unroll 8
     for (int i = 0; i < N; i += U) Probs<T>::put(row, k + i * W, x + i);
-    beside.tick();
   }
   for (; k < at.last; k += kLine) edge(k);
   for (int u = 0; u < U; ++u) x[u] = zero();
@@ -244,9 +239,8 @@ inline void softmax_row(const Transform& f, float* scores, T* probs, int64_t r, 
                         int64_t k1, float* m, float* l) {
   const RowLines at{lo, hi};
   *m = row_max(f, scores + r * kLd, at);
-  NoWork none;
   const typename Probs<T>::Mode mode;
-  *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1, none);
+  *l = row_probs<T>(f, *m, scores, probs, r, at, k0, k1);
 }
 
 // A row that sees nothing of [k0, k1).

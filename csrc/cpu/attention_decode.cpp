@@ -176,33 +176,29 @@ template <class St> struct Decode {
     scratch += of(Mm::size_b(kSplit, D) + Mm::size_b(Dv, kSplit));
     pack_split<St>(keys, b, h, base, count, D, Dv, (St*)scratch, k, v);
     Block block(p, scratch + kSplit * round_up(most(D, Dv), 16));
-    typename Block::Place& place = block.places[0];
     for (int64_t r = 0; r < n; r += Block::kRows) {
       Unit u{base / kSplit, r, least(Block::kRows, n - r), 0, 0};
       const bool any = Block::bounds(u, sees, count);
       if (any) {
-        block.scores(u, place, q, k);
-        block.products.finish();
-        block.softmax(u, place, sees, count);
-        block.values(u, place, v, count, result.o + r * ldo);
-        block.products.finish();
+        block.scores(u, q + r * Mm::padded_k(D), k);
+        block.softmax(u, sees, count);
+        block.values(u, v, count, result.o + r * ldo);
       }
-      for (int64_t i = 0; i < u.rows; ++i) result.m[r + i] = any ? place.ms[i] : -INFINITY, result.l[r + i] = any ? place.ls[i] : 0.0f;
+      for (int64_t i = 0; i < u.rows; ++i) result.m[r + i] = any ? block.ms[i] : -INFINITY, result.l[r + i] = any ? block.ls[i] : 0.0f;
     }
   }
   // The queries of head h's rows [first, first + n), counted through all sequences, as left operands.
-  void pack_queries(int64_t h, int64_t first, int64_t n, St* copy, T* q) const {
+  void pack_queries(int64_t h, int64_t first, int64_t n, T* q) const {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t b = (first + i) / rows, r = (first + i) % rows;
-      memcpy((void*)(copy + i * D), at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), D * sizeof(St));
+      Products<T>::pack_row(at<St>(p.q, p.q_stride, b, r % S, h * G + r / S), i, D, q);
     }
-    Products<T>::pack_q(copy, D, n, D, q);
   }
   void packed_split(int64_t b, int64_t index, int64_t h, float* scratch, float* result) const {
     const int64_t base = index * kSplit;
     T* q = (T*)scratch;
     scratch += of(Mm::size_a(kBlockRows, D));
-    pack_queries(h, b * rows, rows, (St*)scratch, q);
+    pack_queries(h, b * rows, rows, q);
     Range sees[kBlockRows];
     for (int64_t r = 0; r < rows; ++r) sees[r] = seen(b, r);
     blocks(b, h, base, least(kSplit, keys.count(b) - base), rows, q, sees, scratch, partial(result, rows));
@@ -219,9 +215,9 @@ template <class St> struct Decode {
     Scratch<Range> sees(n);
     for (int64_t i = 0; i < n; ++i) sees[i] = seen(i / rows, i % rows);
     const int64_t strips = (n + Block::kRows - 1) / Block::kRows;
-    parallel_for(p.threads, H * strips, [&](int64_t item, int thread) {
+    parallel_for(p.threads, H * strips, [&](int64_t item, int) {
       const int64_t h = item / strips, r = item % strips * Block::kRows;
-      pack_queries(h, r, least(Block::kRows, n - r), (St*)(scratch + thread * floats), q + (h * panels + r) * Mm::padded_k(D));
+      pack_queries(h, r, least(Block::kRows, n - r), q + (h * panels + r) * Mm::padded_k(D));
     });
     Scratch<float> results(wave * H * shared_floats());
     for (int64_t done = 0; done < shared; done += wave) {  // some at a time: their results stay in cache

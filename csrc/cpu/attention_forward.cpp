@@ -2,8 +2,9 @@
 //
 //   s_ij = scale q_i . k_j,  lse_i = log sum_j e^(s_ij),  o_i = sum_j e^(s_ij - lse_i) v_j        (csrc/include/attention.h)
 //
-// One pair (sequence, key head) has R = G * S rows: query i of head g of the group is row g * S + i. K and V are packed
-// once per pair; then every item takes a chunk of a pair's rows over all splits of keys they see:
+// One pair (sequence, key head) has R = S * G rows: query i of head g of the group is row i * G + g, as they lie in memory,
+// so that a block's rows are few positions and see nearly the same keys. K and V are packed once per pair; then every item
+// takes a chunk of a pair's rows over all splits of keys they see:
 //   for each split:  for each block of kRows rows:  S = Q K^T, softmax, O_split = P V, merge      (attention_split.h)
 // so that a split (256 KiB of K and V at D = 128 in bf16) stays in L2 while the chunk's blocks pass over it.
 // Large pairs are packed by all threads and worked on in chunks, heavy chunks first. A pair that is a small part of the
@@ -41,7 +42,7 @@ template <class St> struct Forward {
   // Scratch of one thread.
   struct Local {
     T* q;          // packed rows of the chunk
-    St* rows;      // [kMaxRows, D] rows of a chunk that spans heads; [kSplit, max(D, Dv)] of a split in pages
+    St* rows;      // [kSplit, max(D, Dv)] of a split in pages
     float* o;      // [kMaxRows, ldo]
     float* block;  // SplitBlock's
   };
@@ -74,110 +75,68 @@ template <class St> struct Forward {
   // Rows [r0, r1) of a pair against its packed splits.
   void chunk(int64_t b, int64_t kv_head, int64_t r0, int64_t r1, const Packed& packed, const Local& x) const {
     const int64_t S = io.length(b), n = keys.count(b), rows = r1 - r0;
+    // body(row, position, head) for rows [from, end)
+    const auto each_row = [&](int64_t from, int64_t end, const auto& body) {
+      int64_t i = (r0 + from) / G, g = (r0 + from) % G;  // counted on: a division takes as long as a row's packing
+      for (int64_t r = from; r < end; ++r) {
+        body(r, i, kv_head * G + g);
+        if (++g == G) g = 0, ++i;
+      }
+    };
     Range seen[kMaxRows];
     float m[kMaxRows], l[kMaxRows];
     int64_t first = n, last = 0, last_split[kMaxRows / kRows];  // of each block of rows; -1: none of its rows sees a key
     for (int64_t& x : last_split) x = -1;
-    for (int64_t r = 0, i = r0 % S; r < rows; ++r, i = i + 1 == S ? 0 : i + 1) {
-      seen[r] = visible_keys(p, i + n - S, n);
-      m[r] = -INFINITY, l[r] = 0.0f;
-      if (seen[r].lo == seen[r].hi) continue;
-      first = least(first, seen[r].lo), last = most(last, seen[r].hi);
-      last_split[r / kRows] = most(last_split[r / kRows], (seen[r].hi - 1) / kSplit);
+    for (int64_t r = 0, i = r0 / G; r < rows; ++i) {
+      const Range here = visible_keys(p, i + n - S, n);
+      const bool any = here.lo < here.hi;
+      if (any) first = least(first, here.lo), last = most(last, here.hi);
+      for (const int64_t end = least(rows, (i + 1) * G - r0); r < end; ++r) {
+        seen[r] = here, m[r] = -INFINITY, l[r] = 0.0f;
+        if (any) last_split[r / kRows] = most(last_split[r / kRows], (here.hi - 1) / kSplit);
+      }
     }
 
-    // Units: for each split, for each block of kRows rows. While one is in its softmax, the one before multiplies its
-    // values and the one after its scores.
     Block block(p, x.block);
-    const auto count = [&](const Unit& u) { return least(kSplit, n - u.split * kSplit); };
-    const auto next = [&](Unit& u) {
-      do {
-        u.row += kRows;
-        if (u.row >= rows) u.row = 0, ++u.split;
-        if (u.split * kSplit >= last) return false;
-        u.rows = least(kRows, rows - u.row);
-      } while (!block.bounds(u, seen, count(u)));
-      return true;
-    };
-    int64_t packed_rows = 0;
-    const auto scores = [&](const Unit& u, int place) {
-      if (u.row + u.rows > packed_rows) {
-        pack_queries(b, kv_head, r0 + packed_rows, u.row + u.rows - packed_rows, x.rows, x.q + packed_rows * Mm::padded_k(D));
-        packed_rows = u.row + u.rows;
-        fetch_queries(b, kv_head, r0 + packed_rows, least(kRows, rows - packed_rows));
-      }
-      block.scores(u, block.places[place], x.q, packed.k + u.split * k_split);
-    };
-    bool fresh = false;  // no row of the unit has a result yet: the split's is the result
-    const auto values = [&](const Unit& u, int place) {
-      fresh = true;
-      for (int64_t r = u.row; r < u.row + u.rows; ++r) fresh &= m[r] == -INFINITY;
-      block.values(u, block.places[place], packed.v + u.split * v_split, count(u), fresh ? x.o + u.row * ldo : block.o_split);
-    };
-    const auto finish = [&](int64_t row, int64_t count) {
-      int64_t i = (r0 + row) % S, h = kv_head * G + (r0 + row) / S;
-      for (int64_t r = row; r < row + count; ++r, ++i) {
-        if (i == S) i = 0, ++h;
-        finish_row(block.transform, m[r], l[r], x.o + r * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
+    const auto finish = [&](int64_t row, int64_t end, const float* o) {
+      each_row(row, end, [&](int64_t r, int64_t i, int64_t h) {
+        finish_row(block.transform, m[r], l[r], o + (r - row) * ldo, Dv, io.sinks ? io.sinks + h : nullptr,
                    at<St>(io.out, io.out_stride, b, io.first(b) + i, h), io.lse + io.lse_row(b, i) * p.heads + h);
-      }
+      });
     };
-    const auto merge = [&](const Unit& u, int place) {
-      const typename Block::Place& y = block.places[place];
-      for (int64_t i = 0, r = u.row; i < u.rows; ++i, ++r) {
-        if (fresh) m[r] = y.ms[i], l[r] = y.ls[i];
-        else if (y.ms[i] != -INFINITY)
-          merge_row(block.transform, m + r, l + r, x.o + r * ldo, y.ms[i], y.ls[i], block.o_split + i * ldo, ldo);
+    for (int64_t split = first / kSplit; split * kSplit < last; ++split)
+      for (int64_t row = 0; row < rows; row += kRows) {
+        Unit u{split, row, least(kRows, rows - row), 0, 0};
+        const int64_t end = row + u.rows, count = least(kSplit, n - split * kSplit);
+        if (!block.bounds(u, seen, count)) continue;
+        bool fresh = true;  // no row of the block has a result yet: the split's is the result
+        for (int64_t r = row; r < end; ++r) fresh &= m[r] == -INFINITY;
+        T* q = x.q + row * Mm::padded_k(D);
+        if (fresh)
+          each_row(row, end, [&](int64_t r, int64_t i, int64_t h) {
+            Products<T>::pack_row(at<St>(io.q, io.q_stride, b, io.first(b) + i, h), r - row, D, q);
+          });
+        float* o = fresh ? x.o + row * ldo : block.o_split;
+        block.scores(u, q, packed.k + split * k_split);
+        block.softmax(u, seen, count);
+        block.values(u, packed.v + split * v_split, count, o);
+        for (int64_t i = 0, r = row; r < end; ++i, ++r) {
+          if (fresh) m[r] = block.ms[i], l[r] = block.ls[i];
+          else if (block.ms[i] != -INFINITY)
+            merge_row(block.transform, m + r, l + r, x.o + r * ldo, block.ms[i], block.ls[i], o + i * ldo, ldo);
+        }
+        if (split == last_split[row / kRows]) finish(row, end, x.o + row * ldo);
       }
-      if (u.split == last_split[u.row / kRows]) finish(u.row, u.rows);
-    };
-    Unit before{}, now{first / kSplit, -kRows, 0, 0, 0}, after{};
-    int place = 0;
-    bool going = next(now), any = false;
-    if (going) scores(now, place), block.products.finish();
-    for (; going; place ^= 1, any = true) {
-      after = now;
-      going = next(after);
-      if (any) values(before, place ^ 1);
-      if (going) scores(after, place ^ 1);
-      block.softmax(now, block.places[place], seen, count(now));
-      block.products.finish();
-      if (any) merge(before, place ^ 1);
-      before = now, now = after;
-    }
-    if (any) values(before, place ^ 1), block.products.finish(), merge(before, place ^ 1);
-    for (int64_t i = 0; i * kRows < rows; ++i)
-      if (last_split[i] < 0) finish(i * kRows, least(kRows, rows - i * kRows));  // no key seen
+    for (int64_t row = 0; row < rows; row += kRows)
+      if (last_split[row / kRows] < 0) finish(row, least(row + kRows, rows), x.o + row * ldo);  // no key seen
   }
 
-  const St* query(int64_t b, int64_t kv_head, int64_t r) const {
-    return at<St>(io.q, io.q_stride, b, io.first(b) + r % io.length(b), kv_head * G + r / io.length(b));
-  }
-  // Into L2, while something else is worked on: rows lie far apart, where the hardware's prefetcher does not follow.
-  void fetch_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows) const {
-    const char* row = (const char*)query(b, kv_head, r0);
-    rows = least(rows, io.length(b) - r0 % io.length(b));  // those of one head
-    for (int64_t r = 0; r < rows; ++r, row += io.q_stride[1] * (int64_t)sizeof(St))
-      for (int64_t d = 0; d < D * (int64_t)sizeof(St); d += 64) __builtin_prefetch(row + d, 0, 2);
-  }
-  void pack_queries(int64_t b, int64_t kv_head, int64_t r0, int64_t rows, St* copy, T* to) const {
-    const int64_t S = io.length(b);
-    if (r0 % S + rows <= S) return Products<T>::pack_q(query(b, kv_head, r0), io.q_stride[1], rows, D, to);
-    for (int64_t r = 0; r < rows; ++r) memcpy((void*)(copy + r * D), query(b, kv_head, r0 + r), D * sizeof(St));
-    Products<T>::pack_q(copy, D, rows, D, to);
-  }
-
-  // Chunks of a pair's rows: they lie within a head where a head has enough rows, else they run across the group's heads.
+  // A single split stays in L2 anyway, and so do queries and results of small chunks (4 % at 512 tokens).
+  static int64_t chunk_rows_of(int64_t splits) { return splits > 1 ? kMaxRows : kRows; }
   template <class F> void each_chunk(int64_t b, int64_t chunk_rows, const F& body) const {
-    const int64_t S = io.length(b), R = rows(b), span = S > chunk_rows ? S : R;
-    for (int64_t first = 0; first < R; first += span)
-      for (int64_t r = 0; r < span; r += chunk_rows) body(first + r, first + least(span, r + chunk_rows));
+    for (int64_t r = 0; r < rows(b); r += chunk_rows) body(r, least(rows(b), r + chunk_rows));
   }
-  int64_t count_chunks(int64_t b, int64_t chunk_rows) const {
-    int64_t n = 0;
-    each_chunk(b, chunk_rows, [&](int64_t, int64_t) { ++n; });
-    return n;
-  }
+  int64_t count_chunks(int64_t b, int64_t chunk_rows) const { return (rows(b) + chunk_rows - 1) / chunk_rows; }
 
   void run() const {
     if (H == 0 || G == 0) return;
@@ -211,7 +170,7 @@ template <class St> struct Forward {
       const int64_t b = order[p.batch - 1 - item / H], h = item % H;
       const Packed x = packed_at(packed + thread * buffer, b);
       for (int64_t split = 0; split < splits(b); ++split) pack(b, h, split, x, mine(thread));
-      each_chunk(b, kMaxRows, [&](int64_t r0, int64_t r1) { chunk(b, h, r0, r1, x, mine(thread)); });
+      each_chunk(b, chunk_rows_of(splits(b)), [&](int64_t r0, int64_t r1) { chunk(b, h, r0, r1, x, mine(thread)); });
     });
   }
 
@@ -228,10 +187,11 @@ template <class St> struct Forward {
       for (int64_t i = begin; i < end; ++i) n += count_chunks(order[i / H], chunk_rows);
       return n;
     };
-    int64_t chunk_rows = kMaxRows, longest = 0;
+    int64_t longest = 0;
+    for (int64_t i = begin; i < end; ++i) longest = most(longest, splits(order[i / H]));
+    int64_t chunk_rows = chunk_rows_of(longest);
     // 12 a thread: with 8, the last ones to end cost two threads 3-6 % at 512 tokens.
     while (chunk_rows > kRows && chunks(chunk_rows) < 12 * p.threads) chunk_rows = round_up(chunk_rows / 2, kRows);
-    for (int64_t i = begin; i < end; ++i) longest = most(longest, splits(order[i / H]));
 
     Scratch<T> packed(held * (k_split + v_split));
     Scratch<Packed> pairs(end - begin);
@@ -243,8 +203,7 @@ template <class St> struct Forward {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = order[i / H], S = io.length(b), n = keys.count(b);
         each_chunk(b, chunk_rows, [&](int64_t r0, int64_t r1) {
-          const int64_t p1 = r0 / S == (r1 - 1) / S ? (r1 - 1) % S + n - S : n - 1;
-          body(i - begin, r0, r1, longest - (visible_keys(p, p1, n).hi + kSplit - 1) / kSplit);
+          body(i - begin, r0, r1, longest - (visible_keys(p, (r1 - 1) / G + n - S, n).hi + kSplit - 1) / kSplit);
         });
       }
     };
@@ -257,14 +216,17 @@ template <class St> struct Forward {
       for (int64_t split = 0; split < n; ++split) packs[done + split] = {i - begin, split};
       done += n;
     }
-    parallel_for(p.threads, held, [&](int64_t item, int thread) {
+    parallel_for_near(p.threads, held, [&](int64_t item, int thread) {
       const Split& x = packs[item];
       pack(order[(begin + x.pair) / H], (begin + x.pair) % H, x.split, pairs[x.pair], mine(thread));
     });
-    parallel_for(p.threads, chunks(chunk_rows), [&](int64_t item, int thread) {
+    const auto work = [&](int64_t item, int thread) {
       const Item& x = items[item];
       chunk(order[(begin + x.pair) / H], (begin + x.pair) % H, x.r0, x.r1, pairs[x.pair], mine(thread));
-    });
+    };
+    // Items of one split go pair by pair: each thread's are of the pairs it packed.
+    if (longest == 1) parallel_for_near(p.threads, chunks(chunk_rows), work);
+    else parallel_for(p.threads, chunks(chunk_rows), work);
   }
 };
 

@@ -1,10 +1,6 @@
 // A block of rows against one split of keys in attention's forward: scores, softmax, values.
 //
-// The products of a block's neighbours (values of the block before, scores of the block after) run step by step between the
-// exponentials of this one: while the tile unit multiplies, the vector units take 64 instructions for nothing (a step of 4
-// tile products and 4 tile loads takes 66 cycles alone or with 64 FMAs, 131 with 128). That is 7 to 10 % of a forward, not
-// more, because tile instructions occupy one of the two vector ports. Float products use the vector units themselves and
-// simply run when they are begun.
+// One after the other: products run step by step between the exponentials of a neighbouring block gain nothing (docs/speed.md).
 #pragma once
 
 #include "attention_block.h"
@@ -18,32 +14,31 @@ struct Unit {
   Range panel[5] = {};
 };
 
-// Products of packed operands, begun by scores() and values(), done after finish().
+// Products of packed operands.
 template <class T> struct Products;
 
 // Each panel of rows against the keys it sees alone: under a causal mask at 512 keys 6 % of the products are between a unit's
 // first rows and its last keys. A panel of Q is 12 rows as they lie: to transpose them cost 5 % of a forward of 512.
 template <> struct Products<float> {
   using Mm = Gemm<float>;
-  template <class S> static void pack_q(const S* src, int64_t stride, int64_t rows, int64_t D, float* to) {
-    for (int64_t r = 0; r < rows; ++r, src += stride, to += D)
-      for (int64_t d = 0; d < D; d += W) store_n(to + d, load_n(src + d, (int)least(W, D - d)), (int)least(W, D - d));
+  // Row r of Q into its place.
+  template <class S> static void pack_row(const S* src, int64_t r, int64_t D, float* to) {
+    to += r * D;
+    for (int64_t d = 0; d < D; d += W) store_n(to + d, load_n(src + d, (int)least(W, D - d)), (int)least(W, D - d));
   }
   // S = Q K^T
-  void scores(const Unit& u, int64_t D, const float* q, const float* k, float* s) {
+  static void scores(const Unit& u, int64_t D, const float* q, const float* k, float* s) {
     each(u, kLine, [&](int64_t m, int64_t rows, int64_t from, int64_t to, bool) {
       Mm::gemm_panels<0, 1>(rows, to - from, D, q + m * D, Mm::MR * D, k + from * D, Mm::NR * D, s + m * kLd + from, kLd, false);
     });
   }
   // O = P V; the probabilities lie in the scores' place. keys: how many V has.
-  void values(const Unit& u, int64_t N, int64_t keys, const float* scores, const float*, const float* v, float* o) {
+  static void values(const Unit& u, int64_t N, int64_t keys, const float* scores, const float*, const float* v, float* o) {
     each(u, Mm::KB, [&](int64_t m, int64_t rows, int64_t from, int64_t to, bool add) {
       Mm::gemm_panels<kLd, 1>(rows, N, least(to, keys) - from, scores + m * kLd + from, Mm::MR * kLd, v + from * Mm::NR, Mm::NR * keys,
                               o + m * N, N, add);
     });
   }
-  void tick() {}
-  void finish() {}
 
  private:
   // body(first row, rows, from, to, whether they had keys before `from`): every key that a panel sees, once, in pieces that
@@ -75,110 +70,91 @@ template <> struct Products<bf16> {
   using Mm = Gemm<bf16>;
   static constexpr int64_t kTile = Mm::kTile;
 
-  template <class S> static void pack_q(const S* src, int64_t stride, int64_t rows, int64_t D, bf16* to) {
-    Mm::pack_a(src, stride, rows, D, to);
+  static void pack_row(const bf16* src, int64_t r, int64_t D, bf16* to) {
+    to += r / 32 * 32 * Mm::padded_k(D) + r % 32 * 32;
+    for (int64_t d = 0; d < D; d += 32, to += 32 * 32)
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(D - d < 32 ? (__mmask32)((1u << (D - d)) - 1) : ~0u, src + d));
   }
-  void scores(const Unit& u, int64_t D, const bf16* q, const bf16* k, float* s) {
-    const int64_t panel = 32 * Mm::padded_k(D);
-    add({q, k + u.k0 * Mm::padded_k(D), s + u.k0, panel, panel, kLd, round_up(u.rows, 32), u.k1 - u.k0, Mm::padded_k(D) / 32, false});
+  // S = Q K^T. A panel of K (8 KiB at D = 128) serves all rows before the next one is fetched; those of Q stay in L1.
+  static void scores(const Unit& u, int64_t D, const bf16* q, const bf16* k, float* s) {
+    const int64_t Dp = Mm::padded_k(D);
+    Store last;
+    for (int64_t n = u.k0; n < u.k1; n += 32)
+      for (int64_t m = 0; m < u.rows; m += 32) {
+        block<false>(Dp / 32, q + m * Dp, k + n * Dp, last);
+        last = {s + m * kLd + n, kLd};
+      }
+    finish(last);
   }
-  void values(const Unit& u, int64_t N, int64_t keys, const float*, const bf16* probs, const bf16* v, float* o) {
-    const int64_t k1 = least(u.k1, keys);
-    add({probs + u.k0 * 32, v + u.k0 * 32, o, 32 * kSplit, 32 * keys, N, round_up(u.rows, 32), N, (k1 - u.k0) / 32, true});
-  }
-  // One step of what was begun. Inline: a call would cost the caller every constant it holds in a register.
-  __attribute__((always_inline)) void tick() { step(); }
-  void finish() {
-    Products x = *this;
-    while (x.step()) {}
-    c = x.c, ldc = x.ldc, m = x.m, n = x.n, left = 0;
-    if (c) {
-      _tile_stored(0, c, ldc * 4);
-      _tile_stored(1, c + 16, ldc * 4);
-      _tile_stored(2, c + 16 * ldc, ldc * 4);
-      _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
-    }
-    c = nullptr, count = at = 0;
-    tile_fence();
+  // O = P V. A panel of P (32 KiB) fills L1: V passes it by with streaming loads (20 % on the whole product).
+  static void values(const Unit& u, int64_t N, int64_t keys, const float*, const bf16* probs, const bf16* v, float* o) {
+    const int64_t steps = (least(u.k1, keys) - u.k0) / 32;
+    Store last;
+    for (int64_t m = 0; m < u.rows; m += 32)
+      for (int64_t n = 0; n < N; n += 32) {
+        block<true>(steps, probs + m * kSplit + u.k0 * 32, v + n * keys + u.k0 * 32, last);
+        last = {o + m * N + n, N};
+      }
+    finish(last);
   }
 
  private:
-  struct Product {
-    const bf16 *a, *b;
-    float* c;
-    int64_t a_panel, b_panel, ldc, rows, cols, depth;  // depth: steps of 32 along k
-    // A deep panel of A (32 KiB of probabilities) fills L1: B then passes it by with streaming loads (20 % on the whole
-    // product). Shallow panels of A all stay in L1, and a panel of B serves all rows before the next one is fetched.
-    bool deep;
+  struct Store {
+    float* c = nullptr;
+    int64_t ld = 0;
   };
-  Product queue[2];
-  int count = 0, at = 0;
-  int64_t m = 0, n = 0;                   // the block to begin next
-  int64_t left = 0;                       // steps of the one being worked on, whose next operands are
-  const bf16 *a = nullptr, *b = nullptr;  // these
-  bool deep = false;
-  float* c = nullptr;                     // where it goes once the next one begins; null: nowhere
-  int64_t ldc = 0;
-
-  void add(const Product& x) { queue[count++] = x; }
-  // The tiles of a block of results are stored one by one between the first products of the next block: four stores in a row
-  // keep the tile unit waiting for 41 of the 195 cycles of a depth of four, stores between products cost nothing.
-  __attribute__((always_inline)) bool step() {
+  static void finish(const Store& x) {
+    if (!x.c) return;
+    _tile_stored(0, x.c, x.ld * 4);
+    _tile_stored(1, x.c + 16, x.ld * 4);
+    _tile_stored(2, x.c + 16 * x.ld, x.ld * 4);
+    _tile_stored(3, x.c + 16 * x.ld + 16, x.ld * 4);
     tile_fence();
-    if (__builtin_expect(left == 0, 0)) {
-      if (at == count) return false;
-      const Product& x = queue[at];
-      a = x.a + m / 32 * x.a_panel, b = x.b + n / 32 * x.b_panel, left = x.depth, deep = x.deep;
-      load();
-      if (c) {
-        float* below = c + 16 * ldc;
-        const int64_t bytes = ldc * 4;
-        _tile_stored(0, c, bytes);
-        _tile_zero(0);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_stored(2, below, bytes);
-        _tile_zero(2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_stored(1, c + 16, bytes);
-        _tile_zero(1);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_stored(3, below + 16, bytes);
-        _tile_zero(3);
-        _tile_dpbf16ps(3, 5, 7);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        multiply();
-      }
-      c = x.c + m * x.ldc + n, ldc = x.ldc;
-      if (x.deep) {
-        if ((n += 32) == x.cols) n = 0, m += 32;
-        if (m == x.rows) m = 0, ++at;
-      } else {
-        if ((m += 32) == x.rows) m = 0, n += 32;
-        if (n == x.cols) n = 0, ++at;
-      }
+  }
+  // 32 x 32 results in tiles 0 to 3. Those of the block before are stored one by one between the first products of this one:
+  // four stores in a row keep the tile unit waiting for 41 of the 195 cycles of a depth of four, stores between products cost
+  // nothing.
+  template <bool kStream>
+  static __attribute__((always_inline)) void block(int64_t steps, const bf16* a, const bf16* b, const Store& last) {
+    tile_fence();
+    load<kStream>(a, b);
+    if (last.c) {
+      float* below = last.c + 16 * last.ld;
+      const int64_t bytes = last.ld * 4;
+      _tile_stored(0, last.c, bytes);
+      _tile_zero(0);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stored(2, below, bytes);
+      _tile_zero(2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_stored(1, last.c + 16, bytes);
+      _tile_zero(1);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stored(3, below + 16, bytes);
+      _tile_zero(3);
+      _tile_dpbf16ps(3, 5, 7);
     } else {
-      load();
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
       multiply();
     }
-    a += 2 * kTile, b += 2 * kTile, --left;
-    return true;
+    for (int64_t i = 1; i < steps; ++i) load<kStream>(a += 2 * kTile, b += 2 * kTile), multiply();
   }
-  __attribute__((always_inline)) void load() {
-    if (deep) {
+  template <bool kStream> static __attribute__((always_inline)) void load(const bf16* a, const bf16* b) {
+    _tile_loadd(4, a, 64);
+    if constexpr (kStream) {
       _tile_stream_loadd(6, b, 64);
+      _tile_loadd(5, a + kTile, 64);
       _tile_stream_loadd(7, b + kTile, 64);
     } else {
       _tile_loadd(6, b, 64);
+      _tile_loadd(5, a + kTile, 64);
       _tile_loadd(7, b + kTile, 64);
     }
-    _tile_loadd(4, a, 64);
-    _tile_loadd(5, a + kTile, 64);
   }
-  __attribute__((always_inline)) void multiply() {
+  static __attribute__((always_inline)) void multiply() {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -192,21 +168,16 @@ template <class T> struct SplitBlock {
   static constexpr int64_t kRows = W < 16 ? 4 * Mm::MR : 64 / Mm::MR * Mm::MR;  // 64 (bf16), 60 (AVX-512), 24
   const Transform transform;
   const int64_t D, Dv, ldo = round_up(Dv, Mm::NR);
-  Products<T> products;
-  // Two units are in flight at a time; a unit's place goes by turns.
-  struct Place {
-    float* scores;               // [kRows, kLd]
-    T* probs;                    // bf16: packed [kRows, kSplit]
-    float ms[kRows], ls[kRows];  // the split's maximum (-inf: the row sees nothing of it) and sum
-  } places[2];
-  float* o_split;  // [kRows, ldo]
+  float* const s;              // [kRows, kLd] scores
+  T* const probs;              // bf16: packed [kRows, kSplit]
+  float* const o_split;        // [kRows, ldo]
+  float ms[kRows], ls[kRows];  // the split's maximum (-inf: the row sees nothing of it) and sum
 
-  static int64_t place_floats() { return kRows * kLd + Probs<T>::size(kRows) / 2; }
-  static int64_t floats(int64_t Dv) { return 2 * place_floats() + kRows * round_up(Dv, Mm::NR); }
-  SplitBlock(const AttentionShape& s, float* scratch)
-      : transform(s), D(s.head_dim), Dv(s.value_dim), o_split(scratch + 2 * place_floats()) {
-    for (Place& x : places) x.scores = scratch, x.probs = (T*)(scratch + kRows * kLd), scratch += place_floats();
-  }
+  static int64_t probs_floats() { return Probs<T>::size(kRows) / 2; }
+  static int64_t floats(int64_t Dv) { return kRows * kLd + probs_floats() + kRows * round_up(Dv, Mm::NR); }
+  SplitBlock(const AttentionShape& shape, float* scratch)
+      : transform(shape), D(shape.head_dim), Dv(shape.value_dim), s(scratch), probs((T*)(scratch + kRows * kLd)),
+        o_split(scratch + kRows * kLd + probs_floats()) {}
 
   static Range clip(const Range& seen, int64_t base, int64_t keys) { return {most(seen.lo - base, 0), least(seen.hi - base, keys)}; }
   // Sets k0 and k1; false: these rows see nothing of the split's keys.
@@ -225,27 +196,25 @@ template <class T> struct SplitBlock {
     return u.k0 < u.k1;
   }
 
-  // q and k packed
-  void scores(const Unit& u, Place& x, const T* q, const T* k) {
-    products.scores(u, D, q + u.row * Mm::padded_k(D), k, x.scores);
-  }
-  void softmax(const Unit& u, Place& x, const Range* seen, int64_t keys) {
+  // q and k packed, q from the unit's first row on
+  void scores(const Unit& u, const T* q, const T* k) { Products<T>::scores(u, D, q, k, s); }
+  void softmax(const Unit& u, const Range* seen, int64_t keys) {
     const auto find_max = [&](int64_t r) {
       const Range c = clip(seen[u.row + r], u.split * kSplit, keys);
-      x.ms[r] = c.lo < c.hi ? row_max(transform, x.scores + r * kLd, RowLines{c.lo, c.hi}) : -INFINITY;
+      ms[r] = c.lo < c.hi ? row_max(transform, s + r * kLd, RowLines{c.lo, c.hi}) : -INFINITY;
     };
     const typename Probs<T>::Mode mode;
     find_max(0);
     for (int64_t r = 0; r < u.rows; ++r) {
       if (r + 1 < u.rows) find_max(r + 1);  // a row ahead: nobody waits for the reduction over the lanes
       const Range c = clip(seen[u.row + r], u.split * kSplit, keys);
-      if (c.lo < c.hi) x.ls[r] = row_probs<T>(transform, x.ms[r], x.scores, x.probs, r, RowLines{c.lo, c.hi}, u.k0, u.k1, products);
-      else blank_row<T>(x.scores, x.probs, r, u.k0, u.k1);
+      if (c.lo < c.hi) ls[r] = row_probs<T>(transform, ms[r], s, probs, r, RowLines{c.lo, c.hi}, u.k0, u.k1);
+      else blank_row<T>(s, probs, r, u.k0, u.k1);
     }
   }
   // v packed, o [rows, ldo]; what a row with ms = -inf gets there is not to be read.
-  void values(const Unit& u, Place& x, const T* v, int64_t keys, float* o) {
-    products.values(u, ldo, Mm::padded_k(keys), x.scores, x.probs, v, o);
+  void values(const Unit& u, const T* v, int64_t keys, float* o) {
+    Products<T>::values(u, ldo, Mm::padded_k(keys), s, probs, v, o);
   }
 };
 

@@ -12,6 +12,7 @@
 #include "grpo_kernels.h"
 
 #include "matmul.h"
+#include "simd/gemm_split.h"
 #include "simd/gemm_steps.h"
 #include "softmax_rows.h"
 
@@ -163,7 +164,7 @@ template <class S> void keep_row(const float* u, int64_t cols, const Head& head,
 }
 
 template <class S> void forward(const LinearLogprobForwardParams& p) {
-  using T = Compute<S>;
+  using T = FastCompute<S>;
   using G = Gemm<T>;
   const ActiveRows rows(p.target, p.n, p.ignore_index);
   const int64_t n = rows.n, D = p.d, V = p.v, Dp = G::padded_k(D);
@@ -318,7 +319,7 @@ inline void write_gradient(const float* sums, int64_t rows, int64_t cols, int64_
 }
 
 template <class S> void backward(const LinearLogprobBackwardParams& p) {
-  using T = Compute<S>;
+  using T = FastCompute<S>;
   using G = Gemm<T>;
   constexpr bool kPacks = sizeof(T) == 2;  // the gradient's loop packs dy itself
   const S *hidden = (const S*)p.hidden, *weight = (const S*)p.weight;

@@ -6,8 +6,8 @@
 //   product.finish()                       the rest; C may be read now
 //
 // A step on AMX is four tile products, 64 cycles in which the vector units may execute 64 instructions for nothing: the caller
-// ticks between the exponentials of what the last product gave. It needs kBuffers places for C in turn. Float products use the
-// vector units themselves: they run in finish(). The order of summation is Gemm's.
+// ticks between the exponentials of what the last product gave. It needs kBuffers places for C in turn. Other products run in
+// finish(): float ones use the vector units themselves. The order of summation is Gemm's.
 #pragma once
 
 #include "gemm.h"

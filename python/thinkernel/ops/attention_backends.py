@@ -14,9 +14,6 @@ from torch import Tensor
 from thinkernel.ops.dispatch import C
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous, strides
 
-# Options beyond causal, scale and key_start that the C++ kernels implement.
-CPU_FEATURES: frozenset[str] = frozenset({"window", "chunk", "softcap", "sinks"})
-
 
 def mask_keywords(window_left: int, window_right: int, chunk: int, softcap: float) -> dict[str, Any]:
     """The op's plain numbers as the keywords of the reference and the Triton kernels."""
@@ -36,26 +33,19 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 # ---- cpu -------------------------------------------------------------------------------------------------------
 
 
-def _cpu_misses(
-    q: Tensor, v: Tensor, sinks: Tensor | None, window_left: int, window_right: int, chunk: int, softcap: float
-) -> str | None:
+def _cpu_misses(q: Tensor, v: Tensor) -> str | None:
     if q.dtype not in DTYPE_CODES:
         return f"q: the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256 or v.shape[-1] > 256:
         return f"q: the C++ kernels take head dims up to 256, not {q.shape[-1]} and {v.shape[-1]}"
-    given = {
-        "sinks": sinks is not None, "chunk": chunk > 0, "window": window_left >= 0 or window_right >= 0,
-        "softcap": softcap != 0,
-    }
-    missing = [name for name, is_given in given.items() if is_given and name not in CPU_FEATURES]
-    return f"{', '.join(missing)}: not in the C++ kernels yet" if missing else None
+    return None
 
 
 def cpu_covers(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_start: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, *mask: Any,
 ) -> str | None:
-    return _cpu_misses(q, v, sinks, *mask)
+    return _cpu_misses(q, v)
 
 
 def _shape_fields(
@@ -116,7 +106,7 @@ def cpu_decode_covers(
     prefix_k: Tensor | None, prefix_v: Tensor | None, prefix_table: Tensor | None, prefix_length: int, causal: bool,
     scale: float, *mask: Any,
 ) -> str | None:
-    return _cpu_misses(q, v_cache, sinks, *mask)
+    return _cpu_misses(q, v_cache)
 
 
 def cpu_decode(

@@ -27,7 +27,6 @@ from thinkernel.reference import grpo as reference
 
 KEPT_BLOCK, KEPT_ROW = 384, 400  # words of a block of kept logits, elements of its rows: csrc/cpu/grpo.cpp
 KEPT_BYTES = 1 << 30  # what keep_logits=True may take
-KEPT_UNASKED = 64 << 20  # what float32 takes by itself, an eighth of the logits at most
 
 linear_logprob_forward = Op(
     "linear_logprob_forward",
@@ -283,8 +282,7 @@ def linear_logprob(
         target: [N] or [B, S] integers in 0..V − 1, or ignore_index: such a row gives 0, 0, gradient 0 and no work.
         bias: [V]. temperature: > 0. softcap: c > 0 or None. entropy: False returns None for it and saves its work.
         keep_logits: True keeps the logits of the first blocks of 384 words, as many as 1 GiB holds (an integer: that many
-            bytes), so that the backward skips their recomputation, one GEMM of four. False keeps none in 16 bits, and in
-            float32, for a backward, an eighth of them within 64 MiB. They are kept in hidden's dtype:
+            bytes), so that the backward skips their recomputation, one GEMM of four. They are kept in hidden's dtype:
             float32 gives the gradients of the default mode bit for bit; in bfloat16 and float16 each block is kept centered
             on its mean, so that p errs by 2⁻⁹ (2⁻¹²) of a word's distance from it, less than with torch's logits of that
             dtype; the results of the forward stay as they are. CPU alone; elsewhere it changes nothing.
@@ -301,7 +299,8 @@ def linear_logprob(
     are accumulated in float32 in one fixed order, so a row's bits depend on that row alone.
     Raises ValueError or TypeError naming the argument. Cost: forward 2NDV FLOPs, with backward four times that (three
     with all logits kept). Extra memory of the backward beside the gradients: the [N, D] sums in float32, two packed
-    copies of hidden, a d(logits) buffer of 12 MiB, or of 1536 elements a row where that is more, and the logits kept.
+    copies of hidden, a d(logits) buffer of 12 MiB, or of 1536 elements a row where that is more, and the logits kept (a float32 takes
+    six bytes in packed copies and buffer on CPUs with AMX).
     """
     checks.tensor("hidden", hidden, (2, 3), "[N, D] or [B, S, D]")
     checks.tensor("weight", weight, 2, "[V, D]")
@@ -323,7 +322,7 @@ def linear_logprob(
     if not isinstance(keep_logits, bool):
         checks.integer("keep_logits", keep_logits, 0)
     rows, target_rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    keep = _kept_blocks(rows, weight, _kept_bytes(rows, weight, bias, keep_logits))
+    keep = _kept_blocks(rows, weight, KEPT_BYTES if keep_logits is True else int(keep_logits))
     options = (float(temperature), float(softcap or 0.0), ignore_index, bool(entropy), keep)
     if group is None:
         lp, ent, _, _ = linear_logprob_forward(rows, weight, target_rows, bias, *options)
@@ -332,16 +331,6 @@ def linear_logprob(
 
         lp, ent = vocabulary_parallel(rows, weight, target_rows, bias, *options, group)
     return lp.view(target.shape), ent.view(target.shape) if entropy else None
-
-
-def _kept_bytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, keep_logits: bool | int) -> int:
-    """How many bytes of logits to keep. A few in float32 though nobody asked: they do not change a bit of the gradients."""
-    if keep_logits is not False:
-        return KEPT_BYTES if keep_logits is True else int(keep_logits)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if not needs_grad or hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
-        return 0
-    return min(KEPT_UNASKED, hidden.shape[0] * weight.shape[0] * 4 // 8)
 
 
 def _kept_blocks(hidden: Tensor, weight: Tensor, budget: int) -> int:
