@@ -152,9 +152,25 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, policy_loss, PolicyLossParams);
   TK_BIND_KERNEL(m, group_advantages, GroupAdvantagesParams);
 
-#ifdef TK_WITH_CUDA
   bind_params<tk::TopkParams>(m, "TopkParams", TK_FIELDS(tk::TopkParams, scores, lengths, values, indices, workspace,
-      workspace_bytes, dtype, rows, length, row_stride, k, chunk));
+      workspace_bytes, dtype, rows, length, row_stride, k, chunk, threads));
+  TK_BIND_KERNEL(m, topk, tk::TopkParams);
+
+  using tk::IndexerTopkParams;
+  bind_params<IndexerTopkParams>(m, "IndexerTopkParams", TK_FIELDS(IndexerTopkParams, dtype, quantised, causal, batch, q_len, k_len,
+      heads, head_dim, top_k, threads, q, k, w, k_scale, k_stride, k_scale_stride, cu_seqlens_q, cu_seqlens_k, seqlens, block_table,
+      page_size, max_pages, indices));
+  TK_BIND_KERNEL(m, indexer_topk, IndexerTopkParams);
+#define TK_SPARSE dtype, quantised, batch, q_len, k_len, heads, kv_heads, head_dim, value_dim, slots, scale, threads, q, k, v, \
+      k_stride, v_stride, indices, sinks, cu_seqlens_q, cu_seqlens_k, seqlens, block_table, page_size, max_pages
+  using tk::SparseForwardParams, tk::SparseBackwardParams;
+  bind_params<SparseForwardParams>(m, "SparseForwardParams", TK_FIELDS(SparseForwardParams, TK_SPARSE, out, lse));
+  bind_params<SparseBackwardParams>(m, "SparseBackwardParams", TK_FIELDS(SparseBackwardParams, TK_SPARSE, out, lse, dout, dlse,
+      dq, dk, dv, dsinks));
+  TK_BIND_KERNEL(m, sparse_forward, SparseForwardParams);
+  TK_BIND_KERNEL(m, sparse_backward, SparseBackwardParams);
+
+#ifdef TK_WITH_CUDA
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");
   using tk::PolicyLossCudaParams, tk::GroupAdvantagesCudaParams;
   bind_params<PolicyLossCudaParams>(m, "PolicyLossCudaParams", TK_FIELDS(PolicyLossCudaParams, TK_POLICY_LOSS, tokens, top,

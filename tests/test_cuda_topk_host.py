@@ -193,7 +193,7 @@ def test_the_op_s_host_code_hands_over_the_right_tensors(library: ctypes.CDLL, m
         (whole.bfloat16(), 9, None), (whole[..., :0], 4, None),
     ]  # fmt: skip
     for scores, k, counts in cases:
-        assert sparse_backends.cuda_topk_covers(scores, k, counts) is None
+        assert sparse_backends.topk_covers(scores, k, counts) is None
         values, indices = sparse_backends.cuda_topk(scores, k, counts)
         expected_values, expected_indices = reference_topk(scores, k, lengths=counts)
         assert torch.equal(values, expected_values) and torch.equal(indices, expected_indices)
@@ -208,4 +208,4 @@ def test_the_op_s_host_code_hands_over_the_right_tensors(library: ctypes.CDLL, m
     extension.calls = 0
     assert [x.shape for x in sparse_backends.cuda_topk(whole[:0], 4, None)] == [(0, 3, 4), (0, 3, 4)]
     assert extension.calls == 0  # an empty problem launches nothing
-    assert "float64" in (sparse_backends.cuda_topk_covers(whole.double(), 4, None) or "")
+    assert "float64" in (sparse_backends.topk_covers(whole.double(), 4, None) or "")

@@ -5,6 +5,7 @@
 #include "grpo_kernels.h"
 #include "linear_kernels.h"
 #include "mla_kernels.h"
+#include "sparse_kernels.h"
 
 namespace tk {
 namespace TK_ISA {
@@ -29,6 +30,10 @@ const Kernels& table() {
       .group_advantages = group_advantages,
       .logprob_forward = logprob_forward,
       .logprob_backward = logprob_backward,
+      .topk = topk,
+      .indexer_topk = indexer_topk,
+      .sparse_forward = sparse_forward,
+      .sparse_backward = sparse_backward,
   };
   return kernels;
 }

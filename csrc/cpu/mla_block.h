@@ -101,12 +101,7 @@ template <> struct LatentBlock<float> {
   template <class Next>
   static void probabilities(const Transform& f, const Line<float>* lines, int64_t count, int64_t rows, int64_t D, const float* q,
                             const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* s, float*, Next& next) {
-    for (int64_t d = 0; d < D; d += kScoreBlock)  // that much of the queries stays in L1 for all keys
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = least(kScoreBlock, D - d);
-        if (rows > W) scores<W == 16 ? 8 : 4, 2>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
-        else scores<W == 16 ? 16 : 8, 1>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
-      }
+    products(lines, count, rows, D, q, s, next);
     for (int64_t h = 0; h * W < rows; ++h) {
       alignas(64) float shrink[W];
       float* x = s + h * kHalf;
@@ -116,6 +111,16 @@ template <> struct LatentBlock<float> {
       });
       if (!first) shrink_rows(shrink, least(W, rows - h * W), o + h * W * ldo, ldo);
     }
+  }
+  // S^T alone: s [half of the panel][keys, W]
+  template <class Next>
+  static void products(const Line<float>* lines, int64_t count, int64_t rows, int64_t D, const float* q, float* s, Next& next) {
+    for (int64_t d = 0; d < D; d += kScoreBlock)  // that much of the queries stays in L1 for all keys
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = least(kScoreBlock, D - d);
+        if (rows > W) scores<W == 16 ? 8 : 4, 2>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+        else scores<W == 16 ? 16 : 8, 1>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+      }
   }
   // o (+)= P V for `rows` rows; panels whose flag is not set see nothing.
   template <class Next>
@@ -253,17 +258,22 @@ template <> struct LatentBlock<bf16> {
   static void probabilities(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q,
                             const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result, float* s,
                             Next& next) {
-    const int64_t halves = rows > 16 ? 2 : 1, steps = Mm::padded_k(D) / 32;
-    for (int64_t i = 0; i < count; ++i) {
-      if (halves == 2) scores<2>(lines[i], steps, q, s + i * kLine * 16, next);
-      else scores<1>(lines[i], steps, q, s + i * kLine * 16, next);
-    }
-    tile_fence();
+    const int64_t halves = rows > 16 ? 2 : 1;
+    products(lines, count, rows, D, q, s, next);
     for (int64_t h = 0; h < halves; ++h) {
       alignas(64) float shrink[16];
       softmax(f, s + h * kHalf, count * kLine, limit + h * 16, m + h * 16, l + h * 16, shrink, (bf16*)result + h * kHalfProbs);
       if (!first) shrink_rows(shrink, least(16, rows - h * 16), o + h * 16 * ldo, ldo);
     }
+  }
+  template <class Next>
+  static void products(const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q, float* s, Next& next) {
+    const int64_t steps = Mm::padded_k(D) / 32;
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows > 16) scores<2>(lines[i], steps, q, s + i * kLine * 16, next);
+      else scores<1>(lines[i], steps, q, s + i * kLine * 16, next);
+    }
+    tile_fence();
   }
   template <class Next>
   static void values(const Line<bf16>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,

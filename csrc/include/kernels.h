@@ -3,9 +3,12 @@
 
 #include "attention.h"
 #include "grpo.h"
+#include "indexer.h"
 #include "linear.h"
 #include "mla.h"
 #include "policy_loss.h"
+#include "sparse.h"
+#include "topk.h"
 
 namespace tk {
 
@@ -25,6 +28,10 @@ struct Kernels {
   void (*group_advantages)(const GroupAdvantagesParams&) = nullptr;
   void (*logprob_forward)(const LogprobForwardParams&) = nullptr;
   void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
+  void (*topk)(const TopkParams&) = nullptr;
+  void (*indexer_topk)(const IndexerTopkParams&) = nullptr;
+  void (*sparse_forward)(const SparseForwardParams&) = nullptr;
+  void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

@@ -20,7 +20,8 @@ struct TopkParams {
   int64_t length;          // L < 2^31
   int64_t row_stride;      // in elements
   int64_t k;               // < 2^31
-  int64_t chunk;           // scores a piece; 0: chosen by shape. It never shows in the result.
+  int64_t chunk;           // on the GPU: scores a piece; 0: chosen by shape. It never shows in the result.
+  int threads;             // on the CPU
 };
 
 }  // namespace tk

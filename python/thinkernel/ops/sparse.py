@@ -5,6 +5,7 @@ Shapes: B batch, S queries, T keys, H heads, Hkv key heads, D head dim, Hi index
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from thinkernel.ops import checks
 from thinkernel.ops import sparse_backends as backends
-from thinkernel.ops.library import OPS, reference_op
+from thinkernel.ops.library import OPS, Op, gradients, reference_op
 from thinkernel.reference import sparse as reference
 
 KV = Tensor | tuple[Tensor, Tensor]
@@ -64,16 +65,53 @@ def _sparse_attention(
     )
 
 
-sparse_attention_op = reference_op(
+_ATTENTION = (
+    "Tensor q, Tensor kv, Tensor? v, Tensor indices, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqlens, Tensor? block_table, int value_dim, float scale"
+)
+_DIFFERENTIABLE = (0, 1, 2, 4)  # q, kv, v, sinks
+sparse_attention_op = Op(
     "sparse_attention",
-    "(Tensor q, Tensor kv, Tensor? v, Tensor indices, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? seqlens, Tensor? block_table, int value_dim, float scale) -> (Tensor, Tensor)",
+    f"({_ATTENTION}) -> (Tensor, Tensor)",
     lambda q, kv, v, indices, sinks, cu_q, cu_k, seqlens, table, value_dim, scale: (
         q.new_empty(*q.shape[:-1], value_dim), q.new_empty(q.shape[:-1], dtype=_wide(q))
     ),
-    _sparse_attention,
-    differentiable=("q", "kv", "v", "sinks"),
 )
+# -> the gradients of those of q, kv, v and sinks that are there
+sparse_attention_backward_op = Op(
+    "sparse_attention_backward",
+    f"(Tensor?[] grads, Tensor out, Tensor lse, {_ATTENTION}) -> Tensor[]",
+    lambda grads, out, lse, *args: [torch.empty_like(args[i], memory_format=torch.contiguous_format)
+                                    for i in _DIFFERENTIABLE if args[i] is not None],
+)
+
+
+@sparse_attention_op.kernel("reference")
+def _reference_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _sparse_attention(*args)
+
+
+@sparse_attention_backward_op.kernel("reference")
+def _reference_attention_backward(grads: Sequence[Tensor | None], out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+    return gradients(_sparse_attention, args, _DIFFERENTIABLE, grads)
+
+
+def _setup_attention(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*args[:9], *outputs)
+    ctx.options = args[9:]
+
+
+def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    if not tensors[1].is_floating_point():  # FP8 bytes
+        raise NotImplementedError("kv: sparse_attention over quantised latents has no gradient")
+    found = iter(sparse_attention_backward_op(list(grads), out, lse, *tensors, *ctx.options))
+    return (*(next(found) if i in _DIFFERENTIABLE and x is not None else None for i, x in enumerate(tensors)), None, None)
+
+
+sparse_attention_op.differentiate(_setup_attention, _attention_backward, reference=_sparse_attention)
+sparse_attention_backward_op.refuse_gradient("double backward is not supported")
 sparse_attention_op.autocast("q", "kv", "v")
 indexer_loss_op = reference_op(
     "indexer_loss",
@@ -88,8 +126,13 @@ indexer_loss_op = reference_op(
     differentiable=("q", "k", "w"),
 )
 
-topk_op.kernel("cuda", backends.cuda_topk_covers)(backends.cuda_topk)
-OPS["topk_backward"].kernel("cuda", lambda grads, *args: backends.cuda_topk_covers(*args))(backends.cuda_topk_backward)
+topk_op.kernel("cpu", backends.topk_covers)(backends.cpu_topk)
+topk_op.kernel("cuda", backends.topk_covers)(backends.cuda_topk)
+indexer_topk_op.kernel("cpu", backends.indexer_covers)(backends.cpu_indexer_topk)
+sparse_attention_op.kernel("cpu", backends.attention_covers)(backends.cpu_attention)
+sparse_attention_backward_op.kernel("cpu", backends.attention_backward_covers)(backends.cpu_attention_backward)
+OPS["topk_backward"].kernel("cpu", lambda grads, *args: backends.topk_covers(*args))(backends.cpu_topk_backward)
+OPS["topk_backward"].kernel("cuda", lambda grads, *args: backends.topk_covers(*args))(backends.cuda_topk_backward)
 
 
 @topk_op.check

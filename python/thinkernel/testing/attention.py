@@ -123,3 +123,20 @@ def torch_decode(
         both = [torch.cat(pair) for pair in zip(shared, own, strict=True)] if shared else own
         rows.append(torch_attention(q[b : b + 1], both[0][None], both[1][None], causal=causal, **options))
     return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
+
+
+def torch_sparse_attention(
+    q: Tensor, kv: Tensor | tuple[Tensor, Tensor], indices: Tensor, *, value_dim: int | None = None, scale: float | None = None,
+    sinks: Tensor | None = None, return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """tk.sparse_attention(..., return_lse=True) of dense keys: the fused formulas over all keys, those not named masked out."""
+    k, v = kv if isinstance(kv, tuple) else (kv[:, :, None], kv[:, :, None, :value_dim])
+    indices = indices if isinstance(kv, tuple) else indices[:, :, None]  # [B, S, Hkv, K]
+    T, group = k.shape[1], q.shape[2] // k.shape[2]
+    named = torch.zeros(*indices.shape[:3], T + 1, dtype=torch.bool)
+    named.scatter_(-1, indices.long().masked_fill((indices < 0) | (indices >= T), T), True)
+    visible = named[..., :T].repeat_interleave(group, 2).transpose(1, 2)  # [B, H, S, T]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    sinks = q.new_full((q.shape[1],), -torch.inf) if sinks is None else sinks
+    out, lse = FusedAttention.apply(q, k, v, sinks, visible, q.shape[-1] ** -0.5 if scale is None else scale, 0.0)
+    return out.transpose(1, 2), lse.transpose(1, 2)

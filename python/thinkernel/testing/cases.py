@@ -18,7 +18,7 @@ from torch import Tensor
 import thinkernel as tk
 from thinkernel.nn.rope import rotate
 from thinkernel.reference.mla import quantize_latent
-from thinkernel.testing.attention import torch_attention, torch_decode
+from thinkernel.testing.attention import torch_attention, torch_decode, torch_sparse_attention
 from thinkernel.testing.inputs import Draw
 
 Inputs = dict[str, Any]
@@ -379,10 +379,16 @@ SPARSE = [
     Case("sparse", "sparse/indexer-topk", _indexer, lambda **x: tk.indexer_topk(**x, top_k=5),
          selection=lambda **x: tk.indexer_scores(**x)),
     Case("sparse", "sparse/attention-latent", _sparse,
-         lambda **x: tk.sparse_attention(**x, value_dim=32, scale=0.2, return_lse=True), ("q", "kv")),
+         lambda **x: tk.sparse_attention(**x, value_dim=32, scale=0.2, return_lse=True), ("q", "kv"),
+         lambda **x: torch_sparse_attention(**x, value_dim=32, scale=0.2)),
+    Case("sparse", "sparse/attention-16-heads",
+         lambda draw: dict(q=draw.normal(1, 5, 16, 96), kv=draw.normal(1, 700, 96), indices=draw.selected(1, 5, 700, 600)),
+         lambda **x: tk.sparse_attention(**x, value_dim=64, return_lse=True), ("q", "kv"),
+         lambda **x: torch_sparse_attention(**x, value_dim=64)),
     Case("sparse", "sparse/attention-gqa-sinks", _sparse_gqa,
          lambda q, k, v, indices, sinks: tk.sparse_attention(q, (k, v), indices, sinks=sinks, return_lse=True),
-         ("q", "k", "v", "sinks")),
+         ("q", "k", "v", "sinks"),
+         lambda q, k, v, indices, sinks: torch_sparse_attention(q, (k, v), indices, sinks=sinks)),
     Case("sparse", "sparse/indexer-loss", lambda draw: _indexer_loss(draw, sparse=True),
          lambda **x: tk.indexer_loss(**x, scale=0.2), ("q", "k", "w")),
     Case("sparse", "sparse/indexer-loss-warm-up", lambda draw: _indexer_loss(draw, sparse=False),

@@ -1,0 +1,15 @@
+// The sparse attention kernels of one ISA level, for its function table.
+#pragma once
+
+#include "indexer.h"
+#include "sparse.h"
+#include "topk.h"
+
+namespace tk::TK_ISA {
+
+void topk(const TopkParams& p);
+void indexer_topk(const IndexerTopkParams& p);
+void sparse_forward(const SparseForwardParams& p);
+void sparse_backward(const SparseBackwardParams& p);
+
+}  // namespace tk::TK_ISA
