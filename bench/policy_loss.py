@@ -5,8 +5,9 @@
 
 Two eager forms: "torch" computes what ours does, the loss and the metrics of policy_loss; "loss alone" is the shortest
 expression of the loss, whose gradient autograd has to form, without a single metric. Medians over repeats in which every
-contestant runs in turn, timed right after an untimed run of its own; the best of --rounds such medians of each, since the
-machines at hand are slower for seconds at a time. The floor: every tensor that the option needs read once, the
+contestant runs in turn, timed right after an untimed run of its own; the best of --rounds such medians of each, every round in a
+process of its own: the machines at hand are slower for seconds at a time, and in some processes malloc gives each buffer back to
+the kernel, whose page faults then decide. The floor: every tensor that the option needs read once, the
 gradient written, read and written again (scaled), at the machine's copy rate beyond the caches. Beside them
 group_advantages against its eager form (1024 samples in groups of 8). Results go to bench/results/.
 """
@@ -16,10 +17,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,18 +149,15 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int, rounds: int) -> dict[str, float]:
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(), run()
-    best = dict.fromkeys(runs, math.inf)
-    for _ in range(rounds):
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(repeats):
-            for name, run in runs.items():
-                run()  # so that each is timed on its own caches, not on those the one before it left
-                times[name].append(milliseconds(run))
-        best = {name: min(best[name], statistics.median(t)) for name, t in times.items()}
-    return best
+    for _ in range(repeats):
+        for name, run in runs.items():
+            run()  # so that each is timed on its own caches, not on those the one before it left
+            times[name].append(milliseconds(run))
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -196,16 +194,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             runs["torch compiled"] = lambda f=torch_eager: f(f=compiled)
         for got, want in zip(ours(), torch_eager(), strict=True):  # type: ignore[call-overload]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-        found = medians(runs, args.repeats, args.rounds)
+        found = medians(runs, args.repeats)
         floor = 1e3 * B * S * (1 + 4 * (2 + len(names) + 3 * len(leaves))) / COPY
-        speedups = {n: t / found["thinkernel"] for n, t in found.items() if n != "thinkernel"}
-        peers = "".join(f"  {n} {found[n]:6.2f} ({speedups[n]:4.1f}x)" for n in speedups)
-        print(f"{name:32} {found['thinkernel']:6.3f} ms{peers}  floor {floor:.2f}", flush=True)
-        rows.append({"option": name, "median_ms": found, "speedup": speedups, "floor_ms": floor})
+        rows.append({"option": name, "median_ms": found, "floor_ms": floor})
     return rows
 
 
-def measure_advantages(repeats: int, rounds: int) -> list[dict[str, object]]:
+def measure_advantages(repeats: int) -> list[dict[str, object]]:
     g = torch.Generator().manual_seed(0)
     r = torch.randn(1024, generator=g)
     ids = torch.arange(128).repeat_interleave(8)[torch.randperm(1024, generator=g)]
@@ -226,9 +221,21 @@ def measure_advantages(repeats: int, rounds: int) -> list[dict[str, object]]:
         ("group_size", lambda: tk.group_advantages(r, 8), by_size), ("group_ids", lambda: tk.group_advantages(r, group_ids=ids), by_ids)
     ):
         torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-5)
-        found = medians({"thinkernel": ours, "torch": theirs}, 20 * repeats, rounds)
-        print(f"group_advantages, {name}: {1e3 * found['thinkernel']:.0f} µs  torch {1e3 * found['torch']:.0f} µs", flush=True)
-        rows.append({"option": f"group_advantages {name}", "median_ms": found, "speedup": {"torch": found["torch"] / found["thinkernel"]}})
+        found = medians({"thinkernel": ours, "torch": theirs}, 20 * repeats)
+        rows.append({"option": f"group_advantages {name}", "median_ms": found})
+    return rows
+
+
+def best_of(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each contestant's best median over the rounds, and what that makes of the ratios."""
+    rows = []
+    for same in zip(*rounds, strict=True):
+        best = {name: min(row["median_ms"][name] for row in same) for name in same[0]["median_ms"]}
+        ours = best["thinkernel"]
+        speedups = {name: t / ours for name, t in best.items() if name != "thinkernel"}
+        rows.append(same[0] | {"median_ms": best, "speedup": speedups, "medians_ms": [row["median_ms"] for row in same]})
+        peers = "".join(f"  {name} {best[name]:6.3f} ({x:4.1f}x)" for name, x in speedups.items())
+        print(f"{same[0]['option']:32} {ours:6.3f} ms{peers}" + (f"  floor {same[0]['floor_ms']:.2f}" if "floor_ms" in same[0] else ""))
     return rows
 
 
@@ -240,9 +247,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also torch.compile's form of the eager expression")
+    parser.add_argument("--one-round", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = measure(args) + measure_advantages(args.repeats, args.rounds)
+    if args.one_round:
+        print(json.dumps(measure(args) + measure_advantages(args.repeats)))
+        return
+    command = [sys.executable, __file__, *sys.argv[1:], "--one-round"]
+    rounds = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(args.rounds)]
+    rows = best_of([json.loads(out.splitlines()[-1]) for out in rounds])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "machine": platform.processor() or platform.machine(), "isa": C.isa(), "threads": args.threads, "commit": commit,
