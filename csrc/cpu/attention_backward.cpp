@@ -10,7 +10,7 @@
 //
 // Canonical order: a sequence's queries are counted from the first one that can see a key and cut into blocks of kQueries,
 // its keys from the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over
-// query blocks, descending; dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
+// query blocks, in the order of ascending(); dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
 //   many pairs:  one item per (sequence, key head) does all of it, five products a block
 //   few pairs:   dK, dV by key block, then dQ by query block, seven products, any number of threads
 // Packed sequences of unequal length do both: the longest ones by blocks, then the others by pairs, the long before the short.
@@ -86,6 +86,9 @@ template <class St> struct Backward {
     }
     return x;
   }
+  // The order in which dK and dV sum their queries: those that see the fewest keys have the largest p and come last, so that small
+  // terms are not rounded at the size of the sum. They are the first ones but under a window that looks ahead further than back.
+  bool ascending() const { return !p.causal && p.window_left >= 0 && (p.window_right < 0 || p.window_left < p.window_right); }
   int64_t queries(const Sequence& x, int64_t qb) const { return least(kQueries, x.S - x.first - qb * kQueries); }
   // Both ends of what a query sees rise from query to query.
   Range hull(const Sequence& x, int64_t qb) const {
@@ -219,6 +222,7 @@ template <class St> struct Backward {
     o.queries = queries(x.s, qb);
     o.D = D, o.Dv = Dv, o.ldk = ldk, o.ldv = ldv;
     o.first_key = kb * kKeys;
+    o.ascending = ascending();
     o.q_across = x.q + (g * x.s.q_blocks + qb) * q_size;
     o.q_down = o.q_across + q_across;
     o.o_across = o.q_down + q_down;
@@ -303,7 +307,8 @@ template <class St> struct Backward {
       memset(dv[u], 0, rows * ldv * sizeof(float));
     }
     for (int64_t g = 0; g < G; ++g)
-      for (int64_t qb = seen[count - 1].hi - 1; qb >= seen[0].lo; --qb) {
+      for (int64_t n = seen[0].lo; n < seen[count - 1].hi; ++n) {
+        const int64_t qb = ascending() ? n : seen[0].lo + seen[count - 1].hi - 1 - n;
         const int64_t at_dq = g * x.s.q_blocks + qb;
         for (int64_t u = 0; u < count; ++u)
           if (seen[u].lo <= qb && qb < seen[u].hi)

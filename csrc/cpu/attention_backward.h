@@ -48,6 +48,7 @@ struct QueryRanges {
 // Packed operands of the two blocks ("down": rows of the block are summed over or are C's rows; "across": C's columns).
 template <class T> struct BlockOperands {
   int64_t keys, queries, D, Dv, ldk, ldv, first_key;
+  bool ascending;              // the order in which dK and dV sum the queries (float only)
   const T *q_across, *q_down;  // [D, queries], [queries, D] right operands
   const T *o_across, *o_down;  // [Dv, queries], [queries, Dv] right operands: dO
   const T *k_down, *v_down;    // [keys, D], [keys, Dv] left operands
@@ -174,13 +175,18 @@ template <> struct GradBlock<float> {
                         o.o_across + ca * o.Dv + d * Mm::NR, Mm::NR * o.Dv, dp + ca, kLdq, d > 0);
       for (int64_t g = ga; g < gb; ++g) elements(grad, o, g, k0, rows, dp);
       if (!dk) continue;
-      // From the last query down: under a causal mask the first see the fewest keys and have the largest p, and a sum that
-      // begins with the small terms loses a fifth as much.
-      const int64_t last = qb - 1;
-      Mm::gemm_panels<kLdq, -1, -1>(rows, o.ldv, qb - qa, s + last, Mm::MR * kLdq, o.o_down + last * Mm::NR, q_panel,
-                                    dv + k0 * o.ldv, o.ldv, true);
-      Mm::gemm_panels<kLdq, -1, -1>(rows, o.ldk, qb - qa, dp + last, Mm::MR * kLdq, o.q_down + last * Mm::NR, q_panel,
-                                    dk + k0 * o.ldk, o.ldk, true);
+      if (o.ascending) {
+        Mm::gemm_panels<kLdq, 1>(rows, o.ldv, qb - qa, s + qa, Mm::MR * kLdq, o.o_down + qa * Mm::NR, q_panel, dv + k0 * o.ldv,
+                                 o.ldv, true);
+        Mm::gemm_panels<kLdq, 1>(rows, o.ldk, qb - qa, dp + qa, Mm::MR * kLdq, o.q_down + qa * Mm::NR, q_panel, dk + k0 * o.ldk,
+                                 o.ldk, true);
+      } else {
+        const int64_t last = qb - 1;
+        Mm::gemm_panels<kLdq, -1, -1>(rows, o.ldv, qb - qa, s + last, Mm::MR * kLdq, o.o_down + last * Mm::NR, q_panel,
+                                      dv + k0 * o.ldv, o.ldv, true);
+        Mm::gemm_panels<kLdq, -1, -1>(rows, o.ldk, qb - qa, dp + last, Mm::MR * kLdq, o.q_down + last * Mm::NR, q_panel,
+                                      dk + k0 * o.ldk, o.ldk, true);
+      }
     }
     if (!dq) return;
     for (int64_t q = 0; q < o.queries; q += kGroup) {
