@@ -8,6 +8,9 @@ attention.py's way of interleaving: every contestant runs untimed right before i
 attention: S queries of H heads over K of T latents (576 values, 512 of them the value), forward and forward + backward; decode: one
 query for each of B sequences. The PyTorch forms gather the latents of all queries, or of 16 at a time, and multiply, or call SDPA with
 the heads as query rows. indexer: scores of Hi heads x 128 and selection; the PyTorch form in one piece, and 64 queries at a time.
+loss, warm-up: the indexer's loss over named keys and over all keys, from the attention's lse, forward + backward to the indexer's q, k
+and w; in PyTorch by autograd, some queries at a time (in one piece it takes gigabytes). --peaks adds how far a first call lifts a fresh
+process's memory. memory: that alone, of the indexer over longer and longer caches. --crossover: sparse_crossover.py alone.
 Results go to bench/results/sparse_cpu.json, where what other runs found of other work stays.
 """
 
@@ -17,15 +20,18 @@ import argparse
 import datetime
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import sparse_crossover
 import thinkernel as tk
 import torch
 import torch.nn.functional as F
 from attention import RESULTS, commit, cpu_name, interleave
+from record import high_water_rise_mib
 from thinkernel.ops.dispatch import C
 from torch import Tensor
 
@@ -130,8 +136,12 @@ def decode(dtype: torch.dtype) -> list[tuple[str, Runs]]:
 
 
 def indexer(dtype: torch.dtype) -> list[tuple[str, Runs]]:
+    return indexer_of(dtype, (512, 16_384, 16, 2048), (1, 16_384, 64, 2048))
+
+
+def indexer_of(dtype: torch.dtype, *sizes: tuple[int, int, int, int]) -> list[tuple[str, Runs]]:
     found = []
-    for S, T, Hi, k in ((512, 16_384, 16, 2048), (1, 16_384, 64, 2048)):
+    for S, T, Hi, k in sizes:
         q, keys, w = torch.randn(S, Hi, 128).to(dtype), torch.randn(T, 128).to(dtype), torch.randn(S, Hi)
         seen = torch.arange(T) <= torch.arange(T - S, T)[:, None]
 
@@ -150,10 +160,78 @@ def indexer(dtype: torch.dtype) -> list[tuple[str, Runs]]:
     return found
 
 
+def divergence(scores: Tensor, target: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
+    """scores [n, K] of the indexer, target [n, H, K] of the attention, lse [n, H], seen [n, K] -> summed KL."""
+    with torch.no_grad():
+        mass = (target.float() * SCALE - lse[..., None]).exp_().sum(1).masked_fill_(~seen, 0.0)
+        p = mass / mass.sum(-1, keepdim=True)
+    log_probs = scores.float().masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0)
+    return (torch.xlogy(p, p) - p * log_probs).sum()
+
+
+def loss(dtype: torch.dtype, sparse: bool) -> list[tuple[str, Runs]]:
+    S, T, K, H, Hi, Di = 512, 16_384, 2048, 16, 16, 128
+    q, k, w = torch.randn(S, Hi, Di).to(dtype), torch.randn(T, Di).to(dtype), torch.randn(S, Hi) * (Hi * Di) ** -0.5
+    target_q, target_kv, indices = torch.randn(S, H, D).to(dtype), torch.randn(T, D).to(dtype), chosen(S, T, K)
+    seen = torch.arange(T) <= torch.arange(T - S, T)[:, None]
+    indices = torch.where(seen.gather(1, indices.long()), indices, -1)
+    lse = tk.sparse_attention(target_q[None], target_kv[None], indices[None], value_dim=L, scale=SCALE, return_lse=True)[1][0]
+
+    def ours(lse: Tensor | None) -> object:
+        learnt = [x[None].detach().requires_grad_() for x in (q, k, w)]
+        options = dict(indices=indices[None] if sparse else None, scale=SCALE, target_lse=None if lse is None else lse[None])
+        return torch.autograd.grad(tk.indexer_loss(*learnt, target_q[None], target_kv[None], **options), learnt)
+
+    def torch_form(n: int) -> object:
+        learnt = [x.detach().requires_grad_() for x in (q, k, w)]
+        a, b, c = learnt
+        for r in range(0, S, n):
+            rows = slice(r, r + n)
+            if sparse:
+                named = indices[rows].clamp_min(0).flatten()
+                z = (a[rows] @ b.index_select(0, named).view(-1, K, Di).mT).relu()  # [n, Hi, K]
+                target, valid = target_q[rows] @ target_kv.index_select(0, named).view(-1, K, D).mT, indices[rows] >= 0
+            else:
+                z = (a[rows].flatten(0, 1) @ b.mT).relu().unflatten(0, (-1, Hi))  # [n, Hi, T]
+                target, valid = (target_q[rows].flatten(0, 1) @ target_kv.mT).unflatten(0, (-1, H)), seen[rows]
+            scores = (c[rows, None].to(z.dtype) @ z)[:, 0]
+            (divergence(scores, target, lse[rows], valid) / S).backward()
+        return [x.grad for x in learnt]
+
+    shape = f"S{S} T{T} H{H} {D} Hi{Hi} {Di}" + (f" K{K}" if sparse else "")
+    runs: Runs = {"thinkernel": lambda: ours(lse), "thinkernel, no lse": lambda: ours(None)}
+    return [(shape, runs | {f"torch, {n} queries": lambda n=n: torch_form(n) for n in ((16, 64) if sparse else (64,))})]
+
+
+LENGTHS = (4096, 8192, 16_384, 32_768, 65_536)
 WORK: dict[str, Callable[[torch.dtype], list[tuple[str, Runs]]]] = {
     "topk": topk, "attention": lambda dtype: attention(dtype, False), "attention backward": lambda dtype: attention(dtype, True),
-    "decode": decode, "indexer": indexer,
+    "decode": decode, "indexer": indexer, "loss": lambda dtype: loss(dtype, True), "warm-up": lambda dtype: loss(dtype, False),
+    "memory": lambda dtype: indexer_of(dtype, *((512, T, 16, 2048) for T in LENGTHS)),
 }  # fmt: skip
+
+
+def peak_mib(work: str, dtype: str, row: int, who: str, threads: int) -> float:
+    """How far a first call lifts the high-water mark, in a process of its own."""
+    command = [sys.executable, __file__, "--work", work, "--dtypes", dtype, "--threads", str(threads), "--peak-of", str(row), who]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(work: str, dtype: torch.dtype, row: int, who: str) -> None:
+    """The child's part of peak_mib: small calls load the libraries, then the call itself."""
+    ones = torch.ones(1, 64, 2, 64, dtype=dtype)
+    torch.randn(64, 64).requires_grad_().to(dtype).matmul(ones[0, :, 0].mT).sum().backward()
+    tk.indexer_topk(ones, ones[:, :, 0], ones[..., 0], top_k=4)
+    print(high_water_rise_mib(WORK[work](dtype)[row][1][who]))
+
+
+def memory(args: argparse.Namespace, dtype: str) -> list[Row]:
+    found: list[Row] = []
+    for row, T in enumerate(LENGTHS):
+        peak = {who: round(peak_mib("memory", dtype, row, who, args.threads), 1) for who in ("thinkernel", "torch, 64 queries")}
+        found.append(dict(work="memory", shape=f"S512 T{T} Hi16 128 top 2048", dtype=dtype, peak_mib=peak))
+        print(f"memory S512 T{T} Hi16 128 top 2048 {dtype}: " + ", ".join(f"{who} {x}" for who, x in peak.items()) + " MiB", flush=True)
+    return found
 
 
 def main() -> None:
@@ -162,21 +240,37 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--crossover", action="store_true", help="dense against sparse attention over the length, and a figure of it")
+    parser.add_argument("--peaks", action="store_true", help="measure the memory of first calls too")
+    parser.add_argument("--peak-of", nargs=2, metavar=("ROW", "WHO"), help="only print the memory of WHO's first call, in MiB")
     parser.add_argument("--out", type=Path, default=RESULTS / "sparse_cpu.json", help="results file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.peak_of:
+        with tk.use_backend("cpu"):
+            return print_peak(args.work[0], getattr(torch, args.dtypes[0]), int(args.peak_of[0]), args.peak_of[1])
     record: Row = dict(
         machine=cpu_name(), isa=C.isa(), threads=args.threads, torch=torch.__version__, commit=commit(),
         date=datetime.date.today().isoformat(),
     )  # fmt: skip
+    if args.crossover:
+        with tk.use_backend("cpu"):
+            return sparse_crossover.run(record, args.repeats)
     args.out.parent.mkdir(exist_ok=True)
     found = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     rows: list[Row] = [row for row in found if row["work"] not in args.work or row["dtype"] not in args.dtypes]  # of other runs
     for work in args.work:
         for name in args.dtypes:
             with tk.use_backend("cpu"):
-                rows += [report(work, shape, name, runs, args.repeats) for shape, runs in WORK[work](getattr(torch, name))]
+                if work == "memory":
+                    rows += memory(args, name)
+                else:
+                    for i, (shape, runs) in enumerate(WORK[work](getattr(torch, name))):
+                        rows.append(report(work, shape, name, runs, args.repeats))
+                        if args.peaks:
+                            rows[-1]["peak_mib"] = {who: round(peak_mib(work, name, i, who, args.threads), 1) for who in runs}
+                            print("  first call lifts memory by, MiB:", rows[-1]["peak_mib"], flush=True)
             args.out.write_text(json.dumps(record | dict(rows=rows), indent=1) + "\n")  # at once: a run may be cut off
     print(f"written to {args.out}", file=sys.stderr)
 

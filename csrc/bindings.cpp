@@ -161,6 +161,20 @@ PYBIND11_MODULE(_C, m) {
       heads, head_dim, top_k, threads, q, k, w, k_scale, k_stride, k_scale_stride, cu_seqlens_q, cu_seqlens_k, seqlens, block_table,
       page_size, max_pages, indices));
   TK_BIND_KERNEL(m, indexer_topk, IndexerTopkParams);
+#define TK_INDEXER dtype, causal, batch, q_len, k_len, heads, head_dim, threads, q, k, w, k_stride
+#define TK_INDEXER_TARGET target_heads, target_kv_heads, target_dim, slots, scale, target_q, target_k, target_stride, indices, kept
+  using tk::IndexerScoresParams, tk::IndexerScoresBackwardParams, tk::IndexerLossParams, tk::IndexerLossBackwardParams;
+  bind_params<IndexerScoresParams>(m, "IndexerScoresParams", TK_FIELDS(IndexerScoresParams, TK_INDEXER, scores));
+  bind_params<IndexerScoresBackwardParams>(m, "IndexerScoresBackwardParams", TK_FIELDS(IndexerScoresBackwardParams, TK_INDEXER,
+      dscores, dq, dk, dw));
+  bind_params<IndexerLossParams>(m, "IndexerLossParams", TK_FIELDS(IndexerLossParams, TK_INDEXER, TK_INDEXER_TARGET, target_lse,
+      loss, total));
+  bind_params<IndexerLossBackwardParams>(m, "IndexerLossBackwardParams", TK_FIELDS(IndexerLossBackwardParams, TK_INDEXER,
+      TK_INDEXER_TARGET, dloss, dq, dk, dw));
+  TK_BIND_KERNEL(m, indexer_scores, IndexerScoresParams);
+  TK_BIND_KERNEL(m, indexer_scores_backward, IndexerScoresBackwardParams);
+  TK_BIND_KERNEL(m, indexer_loss, IndexerLossParams);
+  TK_BIND_KERNEL(m, indexer_loss_backward, IndexerLossBackwardParams);
 #define TK_SPARSE dtype, quantised, batch, q_len, k_len, heads, kv_heads, head_dim, value_dim, slots, scale, threads, q, k, v, \
       k_stride, v_stride, indices, sinks, cu_seqlens_q, cu_seqlens_k, seqlens, block_table, page_size, max_pages
   using tk::SparseForwardParams, tk::SparseBackwardParams;

@@ -32,6 +32,10 @@ const Kernels& table() {
       .logprob_backward = logprob_backward,
       .topk = topk,
       .indexer_topk = indexer_topk,
+      .indexer_scores = indexer_scores,
+      .indexer_scores_backward = indexer_scores_backward,
+      .indexer_loss = indexer_loss,
+      .indexer_loss_backward = indexer_loss_backward,
       .sparse_forward = sparse_forward,
       .sparse_backward = sparse_backward,
   };

@@ -4,22 +4,19 @@
 //   dq = sum ds k,  dk[idx] += ds q,  dv[idx] += p dout,  dsink = -sum delta (1 - gate),  delta = dout . out
 //
 // Queries are taken kChunk at a time, in two passes. The first goes query by query: scores and probabilities once more (a copy of the
-// named keys, as forward), dq, and for every pair of a query and a key one row [ds of W heads | p of W heads]. The second goes by
-// kKeys keys x kColumns columns of (dk, dv), whose sums stay in L2: for each query in ascending order the pairs among these keys,
-// neighbours since its keys are sorted, times the matrix [q; dout] of that query, and each row of the product is added to its key.
-// So a key's sum runs over its queries in ascending order, whatever the chunks and the threads. Memory beside the results: the
-// sums of one sequence in float, T (D + Dv), and the pairs of a chunk.
+// named keys, as forward), dq, and for every pair of a query and a key one row [ds of W heads | p of W heads]. The second sums what the
+// pairs add to their keys, by the matrix [q; dout] of each query (sparse_pairs.h). Memory beside the results: the sums of one sequence
+// in float, T (D + Dv), and the pairs of a chunk.
 //
 // B batch, H heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, K slots, C columns of sums
 #include "sparse_gather.h"
 #include "sparse_kernels.h"
+#include "sparse_pairs.h"
 
 namespace tk::TK_ISA {
 namespace {
 
 constexpr int64_t kRows = 256;                // heads worked on at a time
-constexpr int64_t kKeys = 1024, kColumns = 192;  // of sums in L2
-constexpr int64_t kPairs = 64;                // rows of a product
 constexpr int64_t kChunkBytes = 16 << 20;     // of pairs
 
 AttentionShape shape_of(const SparseShape& p) {
@@ -27,60 +24,6 @@ AttentionShape shape_of(const SparseShape& p) {
   s.scale = p.scale;
   return s;
 }
-
-// n non-negative numbers in ascending order.
-inline void sort_keys(int32_t* x, int32_t* other, int64_t n) {
-  int32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) top |= x[i];
-  for (int shift = 0; shift < 32 && top >> shift; shift += 8) {
-    int64_t place[257] = {};
-    for (int64_t i = 0; i < n; ++i) ++place[(x[i] >> shift & 255) + 1];
-    for (int d = 0; d < 256; ++d) place[d + 1] += place[d];
-    for (int64_t i = 0; i < n; ++i) other[place[x[i] >> shift & 255]++] = x[i];
-    memcpy(x, other, n * sizeof(int32_t));
-  }
-}
-// How many of n ascending numbers are below x.
-inline int64_t below(const int32_t* list, int64_t n, int64_t x) {
-  int64_t low = 0;
-  while (n > 0) {
-    const int64_t half = n / 2;
-    if (list[low + half] < x) low += half + 1, n -= half + 1;
-    else n = half;
-  }
-  return low;
-}
-
-// The row of a pair, and ds of 32 keys x W heads as the left operand of dq; at: [32] vectors each.
-inline void put_pairs(const vf* ds, const vf* p, int64_t n, float* pairs) {
-  for (int64_t u = 0; u < n; ++u) store(pairs + u * 2 * W, ds[u]), store(pairs + u * 2 * W + W, p[u]);
-}
-inline void put_left(const vf* ds, float* to) {
-  for (int64_t u = 0; u < kLine; ++u) store(to + u * W, ds[u]);
-}
-// c [m, n] = a b^T of packed b; rows of a are 2W long. bf16 reads and writes whole 32 rows.
-inline void pair_product(int64_t m, int64_t n, const float* a, const float* b, float* c, bool add) {
-  Gemm<float>::gemm_rows(m, n, 2 * W, a, 2 * W, b, c, kColumns, add);
-}
-#if defined(__AMX_BF16__)
-inline void put_pairs(const vf* ds, const vf* p, int64_t n, bf16* pairs) {
-  for (int64_t u = 0; u < n; ++u) store_pair(pairs + u * 2 * W, ds[u], p[u]);
-}
-inline void put_left(const vf* ds, bf16* to) {
-  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                         18, 2, 17, 1, 16, 0);
-  vi v[16];
-#pragma GCC unroll 16
-  for (int u = 0; u < 16; ++u)
-    v[u] = (vi)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[2 * u + 1], (__m512)ds[2 * u]));
-  transpose(v);
-#pragma GCC unroll 16
-  for (int u = 0; u < 16; ++u) _mm512_storeu_si512(to + u * 32, (__m512i)v[u]);
-}
-inline void pair_product(int64_t m, int64_t n, const bf16* a, const bf16* b, float* c, bool add) {
-  Gemm<bf16>::gemm(round_up(m, 32), n, 32, a, b, c, kColumns, add);
-}
-#endif
 
 template <class S> struct Backward {
   using T = Compute<S>;
@@ -101,14 +44,6 @@ template <class S> struct Backward {
   const int64_t chunk_most = kChunkBytes / (halves * pair_rows * 2 * W * (int64_t)sizeof(T));
   const int64_t chunk = chunk_most < 8 ? 8 : least(chunk_most, 128);
 
-  // What the first pass leaves of a chunk's queries to the second.
-  struct Kept {
-    int32_t* lists;   // [chunk, list_size] keys in ascending order
-    int64_t* counts;  // [chunk]
-    T* pairs;         // [chunk, halves, pair_rows, 2W]
-    T* across;        // [chunk, halves] packed [q; dout], [C, 2W]
-  };
-
   // Scratch of one thread, in floats.
   int64_t copy_floats() const { return round_up(Block::kKeys * (width + (apart ? value_width : 0)), 16); }
   int64_t q_floats() const { return round_up(padded * (kp + vp), 16); }
@@ -116,7 +51,7 @@ template <class S> struct Backward {
   int64_t scratch_floats() const {
     const int64_t first = copy_floats() + q_floats() + probs_floats() + 4 * Block::kHalf + Block::kWork + 5 * padded + padded * ldo +
                           round_up(most(2 * W * C, list_size), 16);
-    return round_up(most(first, kPairs * kColumns), 1024);
+    return round_up(most(first, kPairs * kSumColumns), 1024);
   }
 
   // x . y of Dv values; of floats in double, since what it is subtracted from nearly cancels it.
@@ -165,7 +100,7 @@ template <class S> struct Backward {
   }
 
   // The first pass for query t, sequence b, key head g.
-  void query(int64_t t, int64_t b, int64_t g, int64_t place, const Kept& kept, float* scratch, float* delta) const {
+  void query(int64_t t, int64_t b, int64_t g, int64_t place, const Pairs<T>& kept, float* scratch, float* delta) const {
     T *copy = (T*)scratch, *value_copy = copy + Block::kKeys * width;
     T *q = (T*)(scratch += copy_floats()), *dout = q + padded * kp;
     float* probs = scratch += q_floats();
@@ -216,7 +151,7 @@ template <class S> struct Backward {
           for (int64_t h = 0; h * W < some; ++h) {
             const int64_t half = (head + r) / W + h;
             gradients(s + h * Block::kHalf, dp + h * Block::kHalf, keys_now, {lse + r + h * W, gate + r + h * W, dots + r + h * W, dlse + r + h * W, mass + r + h * W},
-                      kept.pairs + ((place * halves + half) * pair_rows + k) * 2 * W,
+                      kept.row(place, half, k),
                       (T*)(probs + r / kPanel * Block::kProbs) + h * Block::kKeys * W);
           }
         }
@@ -235,34 +170,9 @@ template <class S> struct Backward {
           scaled((const S*)p.q + r * D, D, mass[h * W + i], rows + i * C);
           scaled((const S*)p.dout + r * Dv, Dv, mass[h * W + i], rows + (W + i) * C + first_value);
         }
-        Mm::pack_b_t(rows, C, C, 2 * W, kept.across + (place * halves + head / W + h) * C * 2 * W);
+        Mm::pack_b_t(rows, C, C, 2 * W, kept.matrix(place, head / W + h));
       }
     }
-  }
-
-  // The second pass: what n queries add to the sums of keys [key, end), columns [column, column + columns).
-  void collect(int64_t n, const Kept& kept, int64_t key, int64_t end, int64_t column, int64_t columns, float* product, float* sums) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t* list = kept.lists + i * list_size;
-      const int64_t from = below(list, kept.counts[i], key), to = from + below(list + from, kept.counts[i] - from, end);
-      for (int64_t k = from; k < to; k += kPairs) {
-        const int64_t some = least(kPairs, to - k);
-        for (int64_t h = 0; h < halves; ++h) {
-          const int64_t x = i * halves + h;
-          pair_product(some, columns, kept.pairs + (x * pair_rows + k) * 2 * W, kept.across + (x * C + column) * 2 * W, product, h > 0);
-        }
-        for (int64_t j = 0; j < some; ++j) {
-          float* sum = sums + list[k + j] * C + column;
-          const float* add = product + j * kColumns;
-          for (int64_t c = 0; c < columns; c += W) store(sum + c, load(sum + c) + load(add + c));
-        }
-      }
-    }
-  }
-  // Sums of one key's columns into its gradients.
-  void put(const float* sum, int64_t from, int64_t columns, S* row, int64_t first, int64_t size) const {
-    const int64_t begin = most(from, first), end = least(from + columns, first + size);
-    for (int64_t c = begin; c < end; c += W) store_n(row + c - first, load_n(sum + c, (int)least(W, end - c)), (int)least(W, end - c));
   }
 
   // Keys that have a gradient: of a cache all, those past its end too.
@@ -276,8 +186,8 @@ template <class S> struct Backward {
     Scratch<int32_t> lists(chunk * list_size);
     Scratch<int64_t> counts(chunk);
     Scratch<T> pairs(chunk * halves * pair_rows * 2 * W), across(chunk * halves * C * 2 * W);
-    const Kept kept{lists, counts, pairs, across};
-    const int64_t parts = (C + kColumns - 1) / kColumns;
+    const Pairs<T> kept{list_size, halves, pair_rows, C, lists, counts, pairs, across};
+    const int64_t parts = (C + kSumColumns - 1) / kSumColumns;
     for (int64_t b = 0; b < p.batch; ++b) {
       const SequenceRange x = sequence(p, b);
       const int64_t T_b = keys_of(b), first_key = p.cu_seqlens_k ? p.cu_seqlens_k[b] : b * p.k_len;
@@ -288,17 +198,17 @@ template <class S> struct Backward {
           parallel_for(p.threads, n, [&](int64_t i, int thread) {
             query(x.first + done + i, b, g, i, kept, scratch + thread * floats, delta);
           });
-          parallel_for(p.threads, (T_b + kKeys - 1) / kKeys * parts, [&](int64_t i, int thread) {
-            const int64_t key = i / parts * kKeys, end = least(T_b, key + kKeys);
-            const int64_t column = i % parts * kColumns, columns = least(kColumns, C - column);
+          parallel_for(p.threads, (T_b + kSumKeys - 1) / kSumKeys * parts, [&](int64_t i, int thread) {
+            const int64_t key = i / parts * kSumKeys, end = least(T_b, key + kSumKeys);
+            const int64_t column = i % parts * kSumColumns, columns = least(kSumColumns, C - column);
             if (done == 0)
               for (int64_t j = key; j < end; ++j) memset(sums + j * C + column, 0, columns * sizeof(float));
-            collect(n, kept, key, end, column, columns, scratch + thread * floats, sums);
+            kept.collect(n, key, end, column, columns, scratch + thread * floats, sums);
             if (!last) return;
             for (int64_t j = key; j < end; ++j) {
               const int64_t row = (first_key + j) * Hkv + g;
-              put(sums + j * C, column, columns, (S*)p.dk + row * D, 0, D);
-              if (apart) put(sums + j * C, column, columns, (S*)p.dv + row * Dv, first_value, Dv);
+              put_sums(sums + j * C, column, columns, (S*)p.dk + row * D, 0, D);
+              if (apart) put_sums(sums + j * C, column, columns, (S*)p.dv + row * Dv, first_value, Dv);
             }
           });
         }

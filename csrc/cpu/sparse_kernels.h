@@ -9,6 +9,10 @@ namespace tk::TK_ISA {
 
 void topk(const TopkParams& p);
 void indexer_topk(const IndexerTopkParams& p);
+void indexer_scores(const IndexerScoresParams& p);
+void indexer_scores_backward(const IndexerScoresBackwardParams& p);
+void indexer_loss(const IndexerLossParams& p);
+void indexer_loss_backward(const IndexerLossBackwardParams& p);
 void sparse_forward(const SparseForwardParams& p);
 void sparse_backward(const SparseBackwardParams& p);
 

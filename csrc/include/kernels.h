@@ -30,6 +30,10 @@ struct Kernels {
   void (*logprob_backward)(const LogprobBackwardParams&) = nullptr;
   void (*topk)(const TopkParams&) = nullptr;
   void (*indexer_topk)(const IndexerTopkParams&) = nullptr;
+  void (*indexer_scores)(const IndexerScoresParams&) = nullptr;
+  void (*indexer_scores_backward)(const IndexerScoresBackwardParams&) = nullptr;
+  void (*indexer_loss)(const IndexerLossParams&) = nullptr;
+  void (*indexer_loss_backward)(const IndexerLossBackwardParams&) = nullptr;
   void (*sparse_forward)(const SparseForwardParams&) = nullptr;
   void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
 };

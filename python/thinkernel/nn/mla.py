@@ -124,14 +124,18 @@ class MultiHeadLatentAttention(nn.Module):
         seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attention over full heads, [B, S, H, Dv]; with seqlens the queries are the last of each row's seqlens[b] keys."""
-        kv = self.kv_b_proj(latent).view(*latent.shape[:-1], self.heads, self.nope_dim + self.value_dim)
-        k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)  # [B, T, H, N], [B, T, H, Dv]
-        q = torch.cat((q_nope, q_rope), dim=-1)  # [B, S, H, N + R]
-        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], self.rope_dim)), dim=-1)
+        q, k, v = self._full_heads(q_nope, q_rope, latent, k_rope)
         if seqlens is not None:
             return cast(Tensor, attention_decode(q, k, v, seqlens=seqlens, scale=self.scale))
         options: dict[str, Any] = dict(key_start=key_start, cu_seqlens_q=cu_seqlens)
         return cast(Tensor, attention(q, k, v, causal=True, scale=self.scale, **options))
+
+    def _full_heads(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, H, N + R], k [B, T, H, N + R], v [B, T, H, Dv]"""
+        kv = self.kv_b_proj(latent).view(*latent.shape[:-1], self.heads, self.nope_dim + self.value_dim)
+        k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)  # [B, T, H, N], [B, T, H, Dv]
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], self.rope_dim)), dim=-1)
+        return torch.cat((q_nope, q_rope), dim=-1), k, v
 
     def _absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         """Queries that score latents directly, [B, S, H, C + R]."""

@@ -19,6 +19,7 @@ from thinkernel.nn.cache import CacheStep, append_rows, check_step
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
 from thinkernel.nn.rope import rotate_front
+from thinkernel.ops.attention import attention
 from thinkernel.ops.sparse import indexer_loss, indexer_topk, sparse_attention
 
 
@@ -107,7 +108,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         index_q, index_k, index_w = self.indexer(x.detach(), cast(Tensor, q_latent).detach(), rope)
         kv = torch.cat((latent, k_rope), dim=-1)  # [B, S, C + R]
 
-        indices, absorbed = None, None
+        indices, absorbed, lse = None, None, None  # lse [B, S, H]: the loss shares the attention's
         if sparse:
             seqlens, keys, index_keys = None, kv, index_k
             if cache is not None and step is not None:
@@ -119,12 +120,13 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             with torch.no_grad():
                 indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
             absorbed = self._absorb(q_nope, q_rope)  # [B, S, H, C + R]
-            attended = sparse_attention(
-                absorbed, keys, indices, value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens
+            attended, lse = sparse_attention(
+                absorbed, keys, indices, value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens, return_lse=True
             )  # [B, S, H, C]
-            out = self._emit(cast(Tensor, attended))
+            out = self._emit(attended)
         else:
-            out = self._expanded(q_nope, q_rope, latent, k_rope, None)
+            heads = self._full_heads(q_nope, q_rope, latent, k_rope)
+            out, lse = attention(*heads, causal=True, scale=self.scale, return_lse=True)
 
         out = self.o_proj(out.flatten(-2))
         if not return_indexer_loss:
@@ -140,6 +142,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             kv.detach(),
             indices=indices,
             scale=self.scale,
+            target_lse=lse,
             reduction="none",
         )  # [B, S]
         return out, loss

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks
+from thinkernel.ops import checks, indexer_cpu
 from thinkernel.ops import sparse_backends as backends
 from thinkernel.ops.library import OPS, Op, gradients, reference_op
 from thinkernel.reference import sparse as reference
@@ -113,22 +113,70 @@ def _attention_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 sparse_attention_op.differentiate(_setup_attention, _attention_backward, reference=_sparse_attention)
 sparse_attention_backward_op.refuse_gradient("double backward is not supported")
 sparse_attention_op.autocast("q", "kv", "v")
-indexer_loss_op = reference_op(
-    "indexer_loss",
-    "(Tensor q, Tensor k, Tensor w, Tensor target_q, Tensor target_kv, Tensor? indices, Tensor? target_lse, "
-    "float scale, str reduction) -> Tensor",
-    lambda q, k, w, target_q, target_kv, indices, lse, scale, reduction: q.new_empty(
-        q.shape[:2] if reduction == "none" else (), dtype=_wide(q)
-    ),
-    lambda q, k, w, target_q, target_kv, indices, lse, scale, reduction: reference.indexer_loss(
-        q, k, w, target_q, target_kv, indices=indices, scale=scale, target_lse=lse, reduction=reduction
-    ),
-    differentiable=("q", "k", "w"),
+
+
+def _indexer_loss(*args: Any) -> tuple[Tensor, Tensor]:
+    *given, reduction = args
+    loss, kept = reference.indexer_loss_kept(*given)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum(), kept
+
+
+_LOSS = (
+    "Tensor q, Tensor k, Tensor w, Tensor target_q, Tensor target_kv, Tensor? indices, float scale, Tensor? target_lse, "
+    "str reduction"
 )
+# -> the loss, and what its backward needs: [B, S, K], or over all keys [B, S, 3 + 2H] (csrc/include/indexer.h)
+indexer_loss_op = Op(
+    "indexer_loss",
+    f"({_LOSS}) -> (Tensor, Tensor)",
+    lambda q, k, w, target_q, target_kv, indices, scale, lse, reduction: (
+        q.new_empty(q.shape[:2] if reduction == "none" else (), dtype=_wide(q)),
+        q.new_empty(*q.shape[:2], 3 + 2 * target_q.shape[2] if indices is None else indices.shape[2], dtype=_wide(q)),
+    ),
+)
+indexer_loss_backward_op = Op(  # -> [dq, dk, dw]
+    "indexer_loss_backward",
+    f"(Tensor dloss, Tensor kept, {_LOSS}) -> Tensor[]",
+    lambda dloss, kept, *args: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:3]],
+)
+
+
+@indexer_loss_op.kernel("reference")
+def _reference_indexer_loss(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _indexer_loss(*args)
+
+
+@indexer_loss_backward_op.kernel("reference")
+def _reference_indexer_loss_backward(dloss: Tensor, kept: Tensor, *args: Any) -> list[Tensor]:
+    return gradients(_indexer_loss, args, (0, 1, 2), (dloss, None))
+
+
+def _setup_indexer_loss(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.save_for_backward(*args[:6], args[7], outputs[1])
+    ctx.options = args[6], args[8]
+
+
+def _indexer_loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    *tensors, lse, kept = ctx.saved_tensors
+    scale, reduction = ctx.options
+    if grads[0] is None:
+        return (None,) * 9
+    return (*indexer_loss_backward_op(grads[0], kept, *tensors, scale, lse, reduction), *(None,) * 6)
+
+
+indexer_loss_op.differentiate(_setup_indexer_loss, _indexer_loss_backward, reference=_indexer_loss)
+indexer_loss_backward_op.refuse_gradient("double backward is not supported")
+indexer_loss_op.autocast("q", "k", "target_q", "target_kv")
 
 topk_op.kernel("cpu", backends.topk_covers)(backends.cpu_topk)
 topk_op.kernel("cuda", backends.topk_covers)(backends.cuda_topk)
 indexer_topk_op.kernel("cpu", backends.indexer_covers)(backends.cpu_indexer_topk)
+indexer_scores_op.kernel("cpu", indexer_cpu.scores_covers)(indexer_cpu.scores)
+OPS["indexer_scores_backward"].kernel("cpu", lambda grads, *args: indexer_cpu.scores_covers(*args))(indexer_cpu.scores_backward)
+indexer_loss_op.kernel("cpu", indexer_cpu.loss_covers)(indexer_cpu.loss)
+indexer_loss_backward_op.kernel("cpu", lambda dloss, kept, *args: indexer_cpu.loss_covers(*args))(indexer_cpu.loss_backward)
 sparse_attention_op.kernel("cpu", backends.attention_covers)(backends.cpu_attention)
 sparse_attention_backward_op.kernel("cpu", backends.attention_backward_covers)(backends.cpu_attention_backward)
 OPS["topk_backward"].kernel("cpu", lambda grads, *args: backends.topk_covers(*args))(backends.cpu_topk_backward)
@@ -350,8 +398,8 @@ def indexer_loss(
     checks.same_device("q", q, target_q=target_q, target_kv=target_kv, indices=indices, target_lse=target_lse)
     target_lse = None if target_lse is None else target_lse.detach()
     return indexer_loss_op(
-        q, k, w, target_q.detach(), target_kv.detach(), indices, target_lse, float(scale), reduction
-    )
+        q, k, w, target_q.detach(), target_kv.detach(), indices, float(scale), target_lse, reduction
+    )[0]
 
 
 def native_sparse_attention(*args: Any, **kwargs: Any) -> Tensor:

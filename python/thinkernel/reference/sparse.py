@@ -197,37 +197,58 @@ def indexer_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: got {reduction!r}, takes "mean", "sum" or "none"')
+    loss, _ = indexer_loss_kept(q, k, w, target_q, target_kv, indices, scale, target_lse)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def indexer_loss_kept(
+    q: Tensor, k: Tensor, w: Tensor, target_q: Tensor, target_kv: Tensor, indices: Tensor | None, scale: float,
+    target_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of each query [B, S], and what a kernel's backward needs of the forward.
+
+    With indices [B, S, K]: softmax(I) - p, 0 in empty slots. Without [B, S, 3 + 2H]: x, a with softmax(I) = a e^(I - x); the
+    sum over heads and keys of a e^(scale q.k - x) that p was divided by; and x, a of each head.
+    """
     S, T = q.shape[1], k.shape[1]
     scores = _raw_scores(q, k, w)  # [B, S, T]
     if indices is None:
         visible = _causal(S, T, q.device)[None]  # [1, S, T]
-        target = _target_dense(target_q, target_kv, visible, scale, target_lse)
+        target, mass, shift = _target_dense(target_q, target_kv, visible, scale, target_lse)
     else:
         visible = (indices >= 0) & (indices < T)  # [B, S, K]
         indices = indices.masked_fill(~visible, -1).long()
-        target = _target_sparse(target_q, target_kv, indices, scale, target_lse)
+        target, mass, shift = _target_sparse(target_q, target_kv, indices, scale, target_lse)
         scores = F.pad(scores, (0, 1)).gather(-1, indices.masked_fill(~visible, T))
     target = target.to(scores.dtype)
-    _, lse = masked_softmax(scores, visible)
+    probs, lse = masked_softmax(scores, visible)
     log_probs = torch.where(visible, scores - lse[..., None], 0.0)  # [B, S, K] or [B, S, T]
     loss = (torch.xlogy(target, target) - target * log_probs).sum(-1)  # [B, S]
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if indices is not None:
+        return loss, probs.detach() - target
+    heads = torch.stack((shift, torch.ones_like(shift)), -1).flatten(-2)  # [B, S, 2H]
+    return loss, torch.cat((torch.stack((lse.detach(), torch.ones_like(mass), mass), -1), heads), -1)
 
 
-def _normalized_target(scores: Tensor, visible: Tensor, lse: Tensor | None) -> Tensor:
-    """scores [B, S, H, K], visible [B|1, S, 1, K], lse [B, S, H] -> p [B, S, K], summing to 1 (no keys: 0)."""
+def _normalized_target(scores: Tensor, visible: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [B, S, H, K], visible [B|1, S, 1, K], lse [B, S, H] -> p [B, S, K], summing to 1 (no keys: 0), the sum [B, S]
+    that it was divided by, and each head's lse, 0 for -inf."""
+    probs = None
     if lse is None:
-        probs = masked_softmax(scores, visible)[0]
-    else:
-        finite = lse.masked_fill(lse.isneginf(), 0.0).to(scores.dtype)
+        probs, lse = masked_softmax(scores, visible)
+    finite = lse.masked_fill(lse.isneginf(), 0.0).to(scores.dtype)
+    if probs is None:
         probs = torch.exp(scores - finite[..., None]).masked_fill(~visible, 0.0)
     mass = probs.sum(2)
-    return mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    total = mass.sum(-1)
+    return mass / total.clamp_min(torch.finfo(mass.dtype).tiny)[..., None], total, finite
 
 
 @torch.no_grad()
-def _target_sparse(q: Tensor, kv: Tensor, indices: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """The main attention's probabilities over the selected keys: indices [B, S, K] in -1 ... T-1 -> [B, S, K]."""
+def _target_sparse(
+    q: Tensor, kv: Tensor, indices: Tensor, scale: float, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The main attention's probabilities over the selected keys: indices [B, S, K] in -1 ... T-1 -> [B, S, K], ..."""
     dtype = compute_dtype(q.dtype)
     kv = kv[:, :, None] if kv.ndim == 3 else kv  # [B, T, Hkv, D]
     H, Hkv = q.shape[2], kv.shape[2]
@@ -237,8 +258,10 @@ def _target_sparse(q: Tensor, kv: Tensor, indices: Tensor, scale: float, lse: Te
 
 
 @torch.no_grad()
-def _target_dense(q: Tensor, kv: Tensor, visible: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """The main attention's probabilities over all visible keys: visible [B|1, S, T] -> [B, S, T]."""
+def _target_dense(
+    q: Tensor, kv: Tensor, visible: Tensor, scale: float, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The main attention's probabilities over all visible keys: visible [B|1, S, T] -> [B, S, T], ..."""
     dtype = compute_dtype(q.dtype)
     kv = kv[:, :, None] if kv.ndim == 3 else kv
     query = (q.to(dtype) * scale).unflatten(2, (kv.shape[2], -1))  # [B, S, Hkv, G, D]

@@ -370,6 +370,15 @@ def _indexer_loss(draw: Draw, *, sparse: bool) -> Inputs:
     return inputs | ({"indices": draw.selected(2, 12, 20, 6)} if sparse else {})
 
 
+def _indexer_loss_long(draw: Draw, *, sparse: bool) -> Inputs:
+    """Several blocks of keys, grouped heads, and the attention's lse."""
+    B, S, T, H, Hi = 1, 9, 700, 16, 16
+    w = draw.normal(B, S, Hi, scale=(Hi * 64) ** -0.5, dtype=torch.float32)
+    inputs = dict(q=draw.normal(B, S, Hi, 64), k=draw.normal(B, T, 64), w=w, target_q=draw.normal(B, S, H, 32),
+                  target_kv=draw.normal(B, T, 4, 32), target_lse=6.0 + draw.normal(B, S, H, dtype=torch.float32))  # fmt: skip
+    return inputs | ({"indices": draw.selected(B, S, T, 600)} if sparse else {})
+
+
 SPARSE = [
     Case("sparse", "sparse/topk", lambda draw: dict(scores=draw.normal(5, 200)), lambda scores: tk.topk(scores, 17), ("scores",)),
     Case("sparse", "sparse/topk-lengths",
@@ -392,6 +401,10 @@ SPARSE = [
     Case("sparse", "sparse/indexer-loss", lambda draw: _indexer_loss(draw, sparse=True),
          lambda **x: tk.indexer_loss(**x, scale=0.2), ("q", "k", "w")),
     Case("sparse", "sparse/indexer-loss-warm-up", lambda draw: _indexer_loss(draw, sparse=False),
+         lambda **x: tk.indexer_loss(**x, scale=0.2, reduction="none"), ("q", "k", "w")),
+    Case("sparse", "sparse/indexer-loss-600-keys", lambda draw: _indexer_loss_long(draw, sparse=True),
+         lambda **x: tk.indexer_loss(**x, scale=0.2, reduction="none"), ("q", "k", "w")),
+    Case("sparse", "sparse/indexer-loss-warm-up-700-keys", lambda draw: _indexer_loss_long(draw, sparse=False),
          lambda **x: tk.indexer_loss(**x, scale=0.2, reduction="none"), ("q", "k", "w")),
 ]
 
