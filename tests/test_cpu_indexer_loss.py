@@ -86,7 +86,7 @@ SHAPES = {
     "warm-up": Sizes(),
     "warm-up, several blocks": Sizes(B=1, S=70, T=900, Hi=16, Di=64, H=16, D=96),
     "warm-up, gqa": Sizes(Hkv=2, H=6, S=9, T=300, Hi=5),
-    "warm-up, more queries than keys": Sizes(S=20, T=7),
+    "warm-up, more queries than keys": Sizes(S=50, T=37),
     "warm-up, many heads": Sizes(B=1, S=5, T=290, Hi=64, Di=32, H=70, D=32),
     "warm-up, odd": Sizes(S=7, T=33, Hi=3, Di=19, H=5, D=21, scale=-0.3),
     "warm-up, chunks and splits": Sizes(B=1, S=150, T=1200, Hi=8, Di=16, H=2, D=16),

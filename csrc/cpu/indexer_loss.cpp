@@ -193,13 +193,12 @@ template <class S> struct LossGradient {
   void gradient(int64_t b, int64_t i, int64_t r, const float* z, int64_t, int64_t valid, const Mine& m, float* di) const {
     const float *row = kept(b, i + r), *mass = m.mass + r * kLdc, dloss = p.dloss[b * p.q_len + i + r];
     const bool any = !(row[2] < 1.17549435e-38f);
-    const float inverse = any ? 1.0f / row[2] : 0.0f;
     for (int64_t c = 0; c < valid; c += 4 * W) {
       vf sum[4];
       weigh(z + c, p.w + (b * p.q_len + i + r) * p.heads, p.heads, sum);
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u)
-        store(di + c + u * W, any ? (exp(sum[u] - row[0]) * row[1] - load(mass + c + u * W) * inverse) * dloss : zero());
+        store(di + c + u * W, any ? (exp(sum[u] - row[0]) * row[1] - load(mass + c + u * W) / row[2]) * dloss : zero());
     }
   }
 };

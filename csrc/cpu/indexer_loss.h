@@ -15,26 +15,37 @@ struct RowLoss {
   float loss, shift, factor, mass;  // L; softmax(I) = factor e^(I - shift), since e^(I - lse) tilts a row by lse's rounding; sum m
 };
 
+// Sums over a row in double, added up vector by vector: what its length or its lse rounds off would tilt all of the row.
+struct RowSum {
+  typedef double vd __attribute__((vector_size(W * 8)));
+  vd sum = {};
+  void add(vf x) { sum += __builtin_convertvector(x, vd); }
+  double total() const {
+    double x = 0.0;
+    for (int i = 0; i < W; ++i) x += sum[i];
+    return x;
+  }
+};
+
 // Of n keys, n >= 1; scores and mass are readable to whole vectors.
 inline RowLoss row_loss(const float* scores, const float* mass, int64_t n) {
-  vf top = splat(-INFINITY), total[2] = {};
+  const auto in = [&](int64_t c) { return lane_index() + (int32_t)c < splat((int32_t)n); };
+  vf top = splat(-INFINITY);
+  RowSum masses, exps, loss;
   for (int64_t c = 0; c < n; c += W) {
-    const vi in = lane_index() + (int32_t)c < splat((int32_t)n);
-    top = max(select(in, load(scores + c), top), top);
-    total[c / W % 2] += select(in, load(mass + c), zero());
+    top = max(select(in(c), load(scores + c), top), top);
+    masses.add(select(in(c), load(mass + c), zero()));
   }
-  const float most = reduce_max(top), sum = reduce_add(total[0] + total[1]);
-  vf exps[2] = {};
-  for (int64_t c = 0; c < n; c += W)
-    exps[c / W % 2] += select(lane_index() + (int32_t)c < splat((int32_t)n), exp(load(scores + c) - most), zero());
-  const float exp_sum = reduce_add(exps[0] + exps[1]), lse = most + ::logf(exp_sum), inverse = 1.0f / (sum < 1.17549435e-38f ? 1.17549435e-38f : sum);
-  vf loss[2] = {};
+  const float most = reduce_max(top), sum = (float)masses.total(), divisor = sum < 1.17549435e-38f ? 1.17549435e-38f : sum;
+  for (int64_t c = 0; c < n; c += W) exps.add(select(in(c), exp(load(scores + c) - most), zero()));
+  const double exact_lse = most + ::log(exps.total());
+  const float lse = (float)exact_lse;
   for (int64_t c = 0; c < n; c += W) {
-    const vf p = load(mass + c) * inverse, x = p * (log(p) - (load(scores + c) - lse));
-    const vi in = (lane_index() + (int32_t)c < splat((int32_t)n)) & (vi)!(p < 1.17549435e-38f);  // 0 log 0 = 0; a NaN counts
-    loss[c / W % 2] += select(in, x, zero());
+    const vf p = load(mass + c) / divisor, x = p * (log(p) - (load(scores + c) - lse));
+    loss.add(select(in(c) & (vi)!(p < 1.17549435e-38f), x, zero()));  // 0 log 0 = 0; a NaN counts
   }
-  return {reduce_add(loss[0] + loss[1]), most, 1.0f / exp_sum, sum};
+  const double rest = sum < 1.17549435e-38f ? 0.0 : exact_lse - lse;
+  return {(float)(loss.total() + rest), most, (float)(1.0 / exps.total()), sum};
 }
 
 }  // namespace tk::TK_ISA

@@ -174,8 +174,7 @@ template <class S> struct Loss {
     const RowLoss row = row_loss(m.scores, m.mass, count);
     p.loss[t] = row.loss;
     if (row.mass < 1.17549435e-38f) return;
-    const float inverse = 1.0f / row.mass;
-    for (int64_t k = 0; k < count; k += W) store(m.scores + k, exp(load(m.scores + k) - row.shift) * row.factor - load(m.mass + k) * inverse);
+    for (int64_t k = 0; k < count; k += W) store(m.scores + k, exp(load(m.scores + k) - row.shift) * row.factor - load(m.mass + k) / row.mass);
     for (int64_t slot = 0, k = 0; k < count; ++slot)
       if (p.indices[t * K + slot] == m.list[k]) kept[slot] = m.scores[k++];
   }
