@@ -53,10 +53,8 @@ def nsa_by_loops(q, k, v, kc, vc, gates, *, block, compress_block, stride, top_n
                     for i, x in zip(seen, probs, strict=True):
                         total[i] = total.get(i, 0.0) + x
                 count = p // block + 1
-                importance = [
-                    sum(total.get(block // stride * j + m - n, 0.0) for m in range(block // stride) for n in range(compress_block // stride))
-                    for j in range(count)
-                ]
+                offsets = [m - n for m in range(block // stride) for n in range(compress_block // stride)]
+                importance = [sum(total.get(block // stride * j + x, 0.0) for x in offsets) for j in range(count)]
                 forced = {0, count - 1, max(0, count - 2)}
                 order = sorted(range(count), key=lambda j: (j not in forced, -importance[j], j))[:top_n]
                 chosen[b, t, g, : len(order)] = torch.tensor(sorted(order))

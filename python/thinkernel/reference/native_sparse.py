@@ -47,7 +47,7 @@ def selection_scores(probs: Tensor, blocks: int, block: int, compress_block: int
     weights = torch.zeros(step + shifts - 1, dtype=probs.dtype, device=probs.device)  # of offsets 1 - shifts ... step - 1
     for n in range(shifts):
         weights[shifts - 1 - n : shifts - 1 - n + step] += 1  # offsets m - n
-    behind = max(0, blocks * step - probs.shape[-1])
+    behind = max(0, max(blocks, 1) * step - probs.shape[-1])
     padded = F.pad(probs, (shifts - 1, behind))
     return padded.unfold(-1, len(weights), step)[..., :blocks, :] @ weights
 

@@ -1,0 +1,270 @@
+"""How NSA and MoBA run on the C++ kernels: the branches, the choice of blocks, and what joins them.
+
+Shapes: B batch, S queries, T keys, H heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, Tc compressed keys, n blocks of a
+query. l, d: length and stride of compressed blocks. Every forward and backward takes its op's arguments in the op's order
+(ops/native_sparse.py).
+
+The compressed branch is attention's own kernel: d neighbouring queries see the same compressed keys, so that they stand side by
+side as d G heads of one query, and between such groups the mask is the ordinary causal one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thinkernel.ops import attention_backends as attention
+from thinkernel.ops import sparse_backends as sparse
+from thinkernel.ops.memory import empty, rows_contiguous
+from thinkernel.reference import native_sparse as reference
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    return attention._cpu_misses(q, v)
+
+
+def backward_covers(
+    dout: Tensor, branches: Tensor, lse: Tensor, indices: Tensor, q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, gates: Tensor,
+    cu_seqlens: Tensor | None, seqlens: Tensor | None, *sizes: Any,
+) -> str | None:
+    return covers(q, k, v) if seqlens is None else "seqlens: the C++ backward takes no cache"
+
+
+# ---- the compressed branch ---------------------------------------------------------------------------------------
+
+
+class Groups:
+    """Queries [B, S, H, ·] (packed [N, H, ·]) side by side: those of a group are heads of one row [B, groups, Hkv d G, ·].
+
+    The last group of a sequence faces its last compressed key; what fills up the first and the last group is zero."""
+
+    def __init__(
+        self, q: Tensor, T: int, kv_heads: int, compress_block: int, stride: int, cu_seqlens: Tensor | None, seqlens: Tensor | None
+    ):
+        self.stride, self.kv_heads, self.S = stride, kv_heads, q.shape[-3]
+        self.lead: tuple[int, ...] = ()  # of the grouped rows, where queries are placed by slots
+        self.slots: Tensor | None = None  # [B S] rows among all
+        self.cu_groups: Tensor | None = None
+        self.cu_keys: Tensor | None = None
+        self.key_counts: Tensor | None = None  # [B] of a cache
+
+        def whole_blocks(lengths: Tensor) -> Tensor:
+            return ((lengths - compress_block).div(stride, rounding_mode="floor") + 1).clamp_min(0)
+
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.long().diff()
+            front = (1 - compress_block) % stride
+            groups = (front + lengths + stride - 1) // stride
+            self.cu_groups, self.cu_keys = (F.pad(x.cumsum(0), (1, 0)).int() for x in (groups, whole_blocks(lengths)))
+            self.count = int(self.cu_groups[-1])
+            self.slots = torch.arange(self.S) + (self.cu_groups[:-1] * stride + front - cu_seqlens[:-1]).repeat_interleave(lengths)
+            self.lead = (self.count,)
+        elif seqlens is not None:
+            seqlens = seqlens.long()
+            self.key_counts, self.count = whole_blocks(seqlens).int(), -(-(self.S + stride - 1) // stride)
+            last = (self.count - 1) * stride + (seqlens - compress_block) % stride  # row of the last query
+            rows = last[:, None] + torch.arange(1 - self.S, 1)  # [B, S]
+            self.slots = (rows + torch.arange(len(q))[:, None] * self.count * stride).flatten()
+            self.lead = (len(q), self.count)
+        else:
+            self.front = (T - self.S - compress_block + 1) % stride
+            self.count = -(-(self.front + self.S) // stride)
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B, S, H, ·] -> [B, groups, Hkv d G, ·]"""
+        H = x.shape[-2]
+        if self.slots is None:
+            wide = F.pad(x, (0, 0, 0, 0, self.front, self.count * self.stride - self.front - self.S))
+            wide = wide.unflatten(1, (self.count, self.stride))
+        else:
+            rows = x.new_zeros(math.prod(self.lead) * self.stride, *x.shape[-2:])
+            wide = rows.index_copy_(0, self.slots, x.reshape(-1, *x.shape[-2:])).view(*self.lead, self.stride, *x.shape[-2:])
+        return wide.unflatten(-2, (self.kv_heads, H // self.kv_heads)).transpose(-4, -3).flatten(-4, -2)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, groups, Hkv d G, ·] -> [B, S, H, ·]"""
+        G = x.shape[-2] // (self.kv_heads * self.stride)
+        wide = x.unflatten(-2, (self.kv_heads, self.stride, G)).transpose(-4, -3).flatten(-3, -2)  # [B, groups, d, H, ·]
+        if self.slots is None:
+            return wide.flatten(1, 2)[:, self.front : self.front + self.S]
+        found = wide.reshape(-1, *wide.shape[-2:])[self.slots]
+        return found if len(self.lead) == 1 else found.unflatten(0, (self.lead[0], self.S))
+
+
+def _options(causal: bool, scale: float, left: int = -1) -> tuple[Any, ...]:
+    """The options of attention's ops from `causal` on: no right end of a window, no chunk, no softcap."""
+    return causal, scale, left, -1, 0, 0.0
+
+
+def _compressed(q: Tensor, kc: Tensor, vc: Tensor, groups: Groups, scale: float) -> tuple[Tensor, Tensor]:
+    """out [B, S, H, Dv], lse [B, S, H] over the compressed keys."""
+    if groups.key_counts is None:
+        out, lse = attention.cpu_forward(groups.join(q), kc, vc, None, None, groups.cu_groups, groups.cu_keys, *_options(True, scale))
+    elif groups.S == 1:  # one query sees all there are
+        return attention.cpu_decode(q, kc, vc, groups.key_counts, None, None, None, None, None, 0, *_options(False, scale))
+    else:
+        joined = groups.join(q)
+        out, lse = attention.cpu_decode(joined, kc, vc, groups.key_counts, None, None, None, None, None, 0, *_options(True, scale))
+    return groups.split(out), groups.split(lse[..., None])[..., 0]
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------
+
+
+def _positions(S: int, T: int, cu_seqlens: Tensor | None, seqlens: Tensor | None) -> Tensor:
+    """Of the queries, [B|1, S] (packed [N])."""
+    if cu_seqlens is not None:
+        return torch.arange(S) - cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.long().diff())
+    end = torch.full((1,), T) if seqlens is None else seqlens.long()
+    return end[:, None] + torch.arange(-S, 0)
+
+
+def _choose(
+    q: Tensor, kc: Tensor, lse: Tensor, T: int, block: int, compress_block: int, stride: int, top_n: int, scale: float,
+    cu_seqlens: Tensor | None, seqlens: Tensor | None,
+) -> Tensor:
+    """NSA's blocks [B, S, Hkv, top_n] int32, from the compressed branch's lse [B, S, H]."""
+    if cu_seqlens is not None:
+        cuts, at, parts = cu_seqlens.tolist(), 0, []
+        for a, b in zip(cuts, cuts[1:]):
+            end = at + reference.compressed_length(b - a, compress_block, stride)
+            one = q[None, a:b], kc[None, at:end], lse[None, a:b]
+            parts.append(_choose(*one, b - a, block, compress_block, stride, top_n, scale, None, None)[0])
+            at = end
+        return torch.cat(parts)
+    Hkv, blocks, positions = kc.shape[2], -(-T // block), _positions(q.shape[1], T, None, seqlens)
+    scores = torch.einsum("bskgd,btkd->bskgt", q.float().unflatten(2, (Hkv, -1)) * scale, kc.float())
+    visible = torch.arange(kc.shape[1]) * stride + compress_block - 1 <= positions[:, :, None]
+    probs = torch.exp(scores - lse.unflatten(2, (Hkv, -1))[..., None]).masked_fill(~visible[:, :, None, None], 0.0)
+    found = reference.selection_scores(probs.sum(3), blocks, block, compress_block, stride)
+    own, index = positions.div(block, rounding_mode="floor"), torch.arange(blocks)
+    return reference._choose(found, (index == 0) | (index >= own[:, :, None] - 1), (own + 1).clamp_min(0), top_n)
+
+
+def _choose_means(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block: int, top_k: int) -> Tensor:
+    """MoBA's blocks [B, S, H, top_k] int32."""
+    if cu_seqlens is not None:
+        cuts = cu_seqlens.tolist()
+        return torch.cat([_choose_means(q[None, a:b], k[None, a:b], None, block, top_k)[0] for a, b in zip(cuts, cuts[1:])])
+    means = reference.block_means(k.float(), block)
+    scores = torch.einsum("bskgd,bjkd->bskgj", q.float().unflatten(2, (k.shape[2], -1)), means).flatten(2, 3)
+    own = _positions(q.shape[1], k.shape[1], None, None).div(block, rounding_mode="floor")
+    return reference._choose(scores, torch.arange(means.shape[1]) == own[:, :, None], (own + 1).clamp_min(0), top_k)
+
+
+# ---- the chosen blocks -----------------------------------------------------------------------------------------
+
+
+def _key_indices(indices: Tensor, positions: Tensor, block: int) -> Tensor:
+    """Blocks [B, S, X, n] -> their keys up to the query's own [B, S, X, n block] int32, -1 for the others."""
+    keys = (indices[..., None] * block + torch.arange(block, dtype=torch.int32)).flatten(-2)
+    seen = (indices >= 0).repeat_interleave(block, -1) & (keys <= positions[..., None, None])
+    return keys.masked_fill_(~seen, -1)
+
+
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None, seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H]."""
+    keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, seqlens), block)
+    repeat = indices.shape[-2] // k.shape[-2]
+    k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
+    return sparse.cpu_attention(q, k, v, keys, None, cu_seqlens, cu_seqlens, seqlens, None, v.shape[-1], scale)
+
+
+def _chosen_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv"""
+    keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, None), block)
+    repeat = indices.shape[-2] // k.shape[-2]
+    k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
+    args = (q, k, v, keys, None, cu_seqlens, cu_seqlens, None, None, v.shape[-1], scale)
+    dq, dk, dv = sparse.cpu_attention_backward((dout, None), out, lse, *args)
+    return dq, dk.unflatten(-2, (-1, repeat)).sum(-2), dv.unflatten(-2, (-1, repeat)).sum(-2)
+
+
+# ---- NSA -------------------------------------------------------------------------------------------------------
+
+
+def native_sparse_forward(
+    q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, gates: Tensor, cu_seqlens: Tensor | None, seqlens: Tensor | None,
+    block: int, compress_block: int, stride: int, top_n: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, S, H, Dv]; of the branches out [3, B, S, H, Dv] and lse [3, B, S, H]; blocks [B, S, Hkv, n]."""
+    branches, lse = empty((3, *q.shape[:-1], v.shape[-1]), q), empty((3, *q.shape[:-1]), q, torch.float32)
+    if q.numel() == 0:
+        return empty(tuple(branches.shape[1:]), q), branches, lse, empty((*q.shape[:-2], k.shape[-2], top_n), q, torch.int32)
+    groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, seqlens)
+    branches[0], lse[0] = _compressed(q, kc, vc, groups, scale)
+    indices = _choose(q, kc, lse[0], k.shape[-3], block, compress_block, stride, top_n, scale, cu_seqlens, seqlens)
+    branches[1], lse[1] = _chosen(q, k, v, indices, block, scale, cu_seqlens, seqlens)
+    if seqlens is None:
+        branches[2], lse[2] = attention.cpu_forward(q, k, v, None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1))
+    else:
+        cache = rows_contiguous(k), rows_contiguous(v), seqlens
+        branches[2], lse[2] = attention.cpu_decode(q, *cache, None, None, None, None, None, 0, *_options(True, scale, window - 1))
+    return _weigh(branches, gates), branches, lse, indices
+
+
+def _weigh(branches: Tensor, gates: Tensor) -> Tensor:
+    """Σ_c gates_c branches_c in float32, rounded once."""
+    weight = gates.float().unsqueeze(-2)  # [B, S, H, 1, 3]
+    out = branches[0].float() * weight[..., 0]
+    out.addcmul_(branches[1].float(), weight[..., 1]).addcmul_(branches[2].float(), weight[..., 2])
+    return out.to(branches.dtype)
+
+
+def native_sparse_backward(
+    dout: Tensor, branches: Tensor, lse: Tensor, indices: Tensor, q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, gates: Tensor,
+    cu_seqlens: Tensor | None, seqlens: Tensor | None, block: int, compress_block: int, stride: int, top_n: int, window: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dk_compressed, dv_compressed, dgates."""
+    if q.numel() == 0:
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, kc, vc, gates))
+    dgates = (branches.float() * dout.float()).sum(-1).movedim(0, -1).to(gates.dtype).contiguous()  # [B, S, H, 3]
+    of_compressed, of_chosen, of_window = ((dout.float() * gates[..., c, None].float()).to(q.dtype) for c in range(3))
+    groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, None)
+    joined, wide_lse = groups.join(q), groups.join(lse[0][..., None])[..., 0].contiguous()
+    dq, dkc, dvc, _ = attention.cpu_backward(
+        groups.join(of_compressed), None, joined, kc, vc, groups.join(branches[0]), wide_lse, None, None, groups.cu_groups,
+        groups.cu_keys, *_options(True, scale),
+    )
+    first = groups.split(dq)
+    second, dk, dv = _chosen_backward(of_chosen, branches[1], lse[1], q, k, v, indices, block, scale, cu_seqlens)
+    third, dk_near, dv_near, _ = attention.cpu_backward(
+        of_window, None, q, k, v, branches[2], lse[2], None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1)
+    )
+    dq = (first.float() + second.float() + third.float()).to(q.dtype).contiguous()
+    return dq, dk.add_(dk_near), dv.add_(dv_near), dkc, dvc, dgates
+
+
+# ---- MoBA ------------------------------------------------------------------------------------------------------
+
+
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block: int, top_k: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, S, H, Dv], lse [B, S, H], blocks [B, S, H, top_k]."""
+    if q.numel() == 0:
+        shape = (*q.shape[:-1], top_k)
+        return empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32), empty(shape, q, torch.int32)
+    indices = _choose_means(q, k, cu_seqlens, block, top_k)
+    return (*_chosen(q, k, v, indices, block, scale, cu_seqlens, None), indices)
+
+
+def block_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, indices: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block: int,
+    top_k: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    if q.numel() == 0:
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return dq, dk, dv
+    return _chosen_backward(dout, out, lse, q, k, v, indices, block, scale, cu_seqlens)
