@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkernel.nn.activation import sigmoid, silu
 from thinkernel.nn.attention import GroupedQueryAttention
 from thinkernel.nn.cache import CacheStep, append_rows
 from thinkernel.nn.linear import Linear
@@ -42,7 +42,7 @@ class BlockCompression(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.up is None or self.down is None:
             return cast(Tensor, x.mean(-2))
-        return self.down(F.silu(self.up((x + self.position).flatten(-2))))
+        return self.down(silu(self.up((x + self.position).flatten(-2))))
 
 
 class NativeSparseAttention(GroupedQueryAttention):
@@ -125,7 +125,7 @@ class NativeSparseAttention(GroupedQueryAttention):
         all that is in it; no gradient flows through what it held before. Padding belongs on the right."""
         self._check(x, rope, None, cu_seqlens, cast(Any, cache), step, None)
         q, k, v, _ = self._project(x, rope)
-        gates = self.branch_gates(x).unflatten(-1, (self.heads, 3)).sigmoid()  # [B, S, H, 3]
+        gates = sigmoid(self.branch_gates(x).unflatten(-1, (self.heads, 3)))  # [B, S, H, 3]
         if cache is not None and step is not None and not step.fresh:
             return self.o_proj(self._cached(q, k, v, gates, rope, cache, step).flatten(-2))
         starts = self._starts(k, cu_seqlens)  # [Tc] first tokens of the compressed blocks

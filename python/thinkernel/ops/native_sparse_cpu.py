@@ -213,11 +213,9 @@ def native_sparse_forward(
 
 
 def _weigh(branches: Tensor, gates: Tensor) -> Tensor:
-    """Σ_c gates_c branches_c in float32, rounded once."""
-    weight = gates.float().unsqueeze(-2)  # [B, S, H, 1, 3]
-    out = branches[0].float() * weight[..., 0]
-    out.addcmul_(branches[1].float(), weight[..., 1]).addcmul_(branches[2].float(), weight[..., 2])
-    return out.to(branches.dtype)
+    """Σ_c gates_c branches_c in float32, rounded once; products and sums apart, since torch may fuse them in some lanes alone."""
+    first, second, third = (branches[c].float() * gates[..., c, None].float() for c in range(3))
+    return first.add_(second).add_(third).to(branches.dtype)
 
 
 def native_sparse_backward(
