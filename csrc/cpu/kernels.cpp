@@ -34,6 +34,9 @@ const Kernels& table() {
       .indexer_topk = indexer_topk,
       .sparse_forward = sparse_forward,
       .sparse_backward = sparse_backward,
+      .block_select = block_select,
+      .block_sparse_forward = block_sparse_forward,
+      .block_sparse_backward = block_sparse_backward,
   };
   return kernels;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "block_sparse.h"
 #include "grpo.h"
 #include "indexer.h"
 #include "linear.h"
@@ -32,6 +33,9 @@ struct Kernels {
   void (*indexer_topk)(const IndexerTopkParams&) = nullptr;
   void (*sparse_forward)(const SparseForwardParams&) = nullptr;
   void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
+  void (*block_select)(const BlockSelectParams&) = nullptr;
+  void (*block_sparse_forward)(const BlockSparseForwardParams&) = nullptr;
+  void (*block_sparse_backward)(const BlockSparseBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

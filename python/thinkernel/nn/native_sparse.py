@@ -40,8 +40,8 @@ class BlockCompression(nn.Module):
         self.down = None if inner is None else Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up is None or self.down is None:
-            return cast(Tensor, x.mean(-2))
+        if self.position is None or self.up is None or self.down is None:
+            return x.mean(-2)
         return self.down(silu(self.up((x + self.position).flatten(-2))))
 
 
@@ -129,8 +129,11 @@ class NativeSparseAttention(GroupedQueryAttention):
         if cache is not None and step is not None and not step.fresh:
             return self.o_proj(self._cached(q, k, v, gates, rope, cache, step).flatten(-2))
         starts = self._starts(k, cu_seqlens)  # [Tc] first tokens of the compressed blocks
-        turn = None if rope is None else tuple(t.index_select(-2, starts + self.compress_block - 1) for t in rope)
-        kc, vc = self._compress(*(self._windows(t, starts) for t in (k, v)), turn)
+        turn = None
+        if rope is not None:
+            last = starts + self.compress_block - 1
+            turn = rope[0].index_select(-2, last), rope[1].index_select(-2, last)
+        kc, vc = self._compress(self._windows(k, starts), self._windows(v, starts), turn)
         if cache is not None and step is not None:
             append_rows(cache[0], k, step)
             append_rows(cache[1], v, step)
@@ -153,16 +156,16 @@ class NativeSparseAttention(GroupedQueryAttention):
         found = x.index_select(-3, tokens.flatten()).unflatten(-3, (len(starts), self.compress_block))
         return found.transpose(-3, -2)
 
-    def _compress(self, k: Tensor, v: Tensor, turn: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+    def _compress(self, k: Tensor, v: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Blocks of keys and values [..., Tc, Hkv, l, ·], cos and sin [..., Tc, R/2] of their last tokens -> [..., Tc, Hkv, ·]."""
         if turn is not None:
             cos, sin = turn
             size = cos.square() + sin.square()  # of a rotation that also scales (YaRN)
-            back = tuple((t / size).unsqueeze(-2).expand(*k.shape[:-2], -1) for t in (cos, -sin))  # [..., Tc, Hkv, R/2]
-            k = rotate_front(k, back, interleaved=self.rope_interleaved)
+            cos, sin = ((t / size).unsqueeze(-2).expand(*k.shape[:-2], -1) for t in (cos, -sin))  # [..., Tc, Hkv, R/2]
+            k = rotate_front(k, (cos, sin), interleaved=self.rope_interleaved)
         kc, vc = self.compress_k(k), self.compress_v(v)
         if turn is not None:
-            kc = rotate_front(kc, cast(Any, turn), interleaved=self.rope_interleaved)
+            kc = rotate_front(kc, turn, interleaved=self.rope_interleaved)
         return kc, vc
 
     def _cached(
@@ -181,13 +184,14 @@ class NativeSparseAttention(GroupedQueryAttention):
         if len(row):
             number, last = blocks[row, place], last[row, place]  # [n]
             tokens = last[:, None] + torch.arange(1 - length, 1, device=q.device)  # [n, l]
-            windows = [t[row[:, None], tokens].transpose(1, 2).to(k.dtype) for t in cache[:2]]  # [n, Hkv, l, ·]
+            keys, values = (t[row[:, None], tokens].transpose(1, 2).to(k.dtype) for t in cache[:2])  # [n, Hkv, l, ·]
             turn = None
             if rope is not None:
                 new = last - (end[row, 0] - S)
-                turn = tuple(t.expand(len(q), -1, -1)[row, new] for t in rope)  # [n, R/2]
-            for held, found in zip(cache[2:], self._compress(*windows, turn), strict=True):
+                cos, sin = (t.expand(len(q), -1, -1)[row, new] for t in rope)  # [n, R/2]
+                turn = cos, sin
+            for held, found in zip(cache[2:], self._compress(keys, values, turn), strict=True):
                 held[row, number] = found.detach().to(held.dtype)
         dtype, visible = cache[0].dtype, compressed_length(step.extent, length, self.stride)
-        held = [t[:, : step.extent] for t in cache[:2]] + [t[:, :visible] for t in cache[2:]]
-        return native_sparse_attention(q.to(dtype), *held, gates, **self.sizes, seqlens=step.seqlens).to(q.dtype)
+        k, v, kc, vc = (t[:, :size] for t, size in zip(cache, (step.extent, step.extent, visible, visible), strict=True))
+        return native_sparse_attention(q.to(dtype), k, v, kc, vc, gates, **self.sizes, seqlens=step.seqlens).to(q.dtype)

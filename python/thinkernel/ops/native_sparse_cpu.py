@@ -19,8 +19,8 @@ from torch import Tensor
 
 from thinkernel.ops import attention_backends as attention
 from thinkernel.ops import sparse_backends as sparse
-from thinkernel.ops.memory import empty, rows_contiguous
-from thinkernel.reference import native_sparse as reference
+from thinkernel.ops.dispatch import C
+from thinkernel.ops.memory import empty, pointer, rows_contiguous, strides
 
 
 def covers(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
@@ -124,36 +124,27 @@ def _positions(S: int, T: int, cu_seqlens: Tensor | None, seqlens: Tensor | None
 
 
 def _choose(
-    q: Tensor, kc: Tensor, lse: Tensor, T: int, block: int, compress_block: int, stride: int, top_n: int, scale: float,
-    cu_seqlens: Tensor | None, seqlens: Tensor | None,
+    q: Tensor, k: Tensor, lse: Tensor | None, T: int, block: int, compress_block: int, stride: int, slots: int, scale: float,
+    cu_seqlens: Tensor | None, groups: Groups | None, seqlens: Tensor | None,
 ) -> Tensor:
-    """NSA's blocks [B, S, Hkv, top_n] int32, from the compressed branch's lse [B, S, H]."""
-    if cu_seqlens is not None:
-        cuts, at, parts = cu_seqlens.tolist(), 0, []
-        for a, b in zip(cuts, cuts[1:]):
-            end = at + reference.compressed_length(b - a, compress_block, stride)
-            one = q[None, a:b], kc[None, at:end], lse[None, a:b]
-            parts.append(_choose(*one, b - a, block, compress_block, stride, top_n, scale, None, None)[0])
-            at = end
-        return torch.cat(parts)
-    Hkv, blocks, positions = kc.shape[2], -(-T // block), _positions(q.shape[1], T, None, seqlens)
-    scores = torch.einsum("bskgd,btkd->bskgt", q.float().unflatten(2, (Hkv, -1)) * scale, kc.float())
-    visible = torch.arange(kc.shape[1]) * stride + compress_block - 1 <= positions[:, :, None]
-    probs = torch.exp(scores - lse.unflatten(2, (Hkv, -1))[..., None]).masked_fill(~visible[:, :, None, None], 0.0)
-    found = reference.selection_scores(probs.sum(3), blocks, block, compress_block, stride)
-    own, index = positions.div(block, rounding_mode="floor"), torch.arange(blocks)
-    return reference._choose(found, (index == 0) | (index >= own[:, :, None] - 1), (own + 1).clamp_min(0), top_n)
+    """NSA's blocks [B, S, Hkv, slots] from the compressed keys and their lse, or MoBA's [B, S, H, slots] from the keys
+    (compress_block 0): csrc/cpu/block_select.cpp."""
+    assert C is not None
+    q, k = rows_contiguous(q), rows_contiguous(k)
+    lse, cu_seqlens, seqlens = (None if x is None else x.contiguous() for x in (lse, _int32(cu_seqlens), _int32(seqlens)))
+    cu_compressed = None if groups is None else groups.cu_keys
+    indices = empty((*q.shape[:-2], k.shape[-2] if compress_block else q.shape[-2], slots), q, torch.int32)
+    fields = attention._shape_fields(q, k, k, cu_seqlens, *_options(True, scale)) | dict(k_len=T)
+    C.block_select(C.BlockSelectParams(
+        **fields, slots=slots, block=block, compress_block=compress_block, stride=stride, q=pointer(q), k=pointer(k), lse=pointer(lse),
+        q_stride=strides(q), k_stride=strides(k), cu_seqlens=pointer(cu_seqlens), cu_compressed=pointer(cu_compressed),
+        seqlens=pointer(seqlens), indices=pointer(indices),
+    ))  # fmt: skip
+    return indices
 
 
-def _choose_means(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block: int, top_k: int) -> Tensor:
-    """MoBA's blocks [B, S, H, top_k] int32."""
-    if cu_seqlens is not None:
-        cuts = cu_seqlens.tolist()
-        return torch.cat([_choose_means(q[None, a:b], k[None, a:b], None, block, top_k)[0] for a, b in zip(cuts, cuts[1:])])
-    means = reference.block_means(k.float(), block)
-    scores = torch.einsum("bskgd,bjkd->bskgj", q.float().unflatten(2, (k.shape[2], -1)), means).flatten(2, 3)
-    own = _positions(q.shape[1], k.shape[1], None, None).div(block, rounding_mode="floor")
-    return reference._choose(scores, torch.arange(means.shape[1]) == own[:, :, None], (own + 1).clamp_min(0), top_k)
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.int()
 
 
 # ---- the chosen blocks -----------------------------------------------------------------------------------------
@@ -169,24 +160,43 @@ def _key_indices(indices: Tensor, positions: Tensor, block: int) -> Tensor:
 def _chosen(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None, seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H]."""
-    keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, seqlens), block)
-    repeat = indices.shape[-2] // k.shape[-2]
-    k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
-    return sparse.cpu_attention(q, k, v, keys, None, cu_seqlens, cu_seqlens, seqlens, None, v.shape[-1], scale)
+    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H]: csrc/cpu/block_sparse.cpp. The few queries of a cache go
+    key by key: that kernel packs all keys first."""
+    assert C is not None
+    if seqlens is not None:
+        keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, seqlens), block)
+        return sparse.cpu_attention(q, k, v, keys, None, None, None, seqlens, None, v.shape[-1], scale)
+    out, lse = empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32)
+    fields, held = _block_fields(q, k, v, indices, block, scale, cu_seqlens)
+    C.block_sparse_forward(C.BlockSparseForwardParams(**fields, out=pointer(out), lse=pointer(lse)))
+    return out, lse
+
+
+def _block_fields(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None
+) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """Fields of BlockSparseShape, and the tensors they point to."""
+    q, k, v, indices = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), indices.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.int().contiguous()
+    fields = attention._shape_fields(q, k, v, cu_seqlens, *_options(True, scale)) | dict(
+        choosing=indices.shape[-2], slots=indices.shape[-1], block=block, q=pointer(q), k=pointer(k), v=pointer(v), q_stride=strides(q),
+        k_stride=strides(k), v_stride=strides(v), indices=pointer(indices), cu_seqlens=pointer(cu_seqlens),
+    )  # fmt: skip
+    return fields, [q, k, v, indices, cu_seqlens]
 
 
 def _chosen_backward(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv"""
-    keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, None), block)
-    repeat = indices.shape[-2] // k.shape[-2]
-    k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
-    args = (q, k, v, keys, None, cu_seqlens, cu_seqlens, None, None, v.shape[-1], scale)
-    dq, dk, dv = sparse.cpu_attention_backward((dout, None), out, lse, *args)
-    return dq, dk.unflatten(-2, (-1, repeat)).sum(-2), dv.unflatten(-2, (-1, repeat)).sum(-2)
+    """-> dq, dk, dv: csrc/cpu/block_sparse_backward.cpp"""
+    assert C is not None
+    dout, dq, dk, dv = dout.contiguous(), *(empty(tuple(x.shape), x) for x in (q, k, v))
+    fields, held = _block_fields(q, k, v, indices, block, scale, cu_seqlens)
+    C.block_sparse_backward(C.BlockSparseBackwardParams(
+        **fields, out=pointer(out), lse=pointer(lse), dout=pointer(dout), dq=pointer(dq), dk=pointer(dk), dv=pointer(dv),
+    ))
+    return dq, dk, dv
 
 
 # ---- NSA -------------------------------------------------------------------------------------------------------
@@ -202,7 +212,8 @@ def native_sparse_forward(
         return empty(tuple(branches.shape[1:]), q), branches, lse, empty((*q.shape[:-2], k.shape[-2], top_n), q, torch.int32)
     groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, seqlens)
     branches[0], lse[0] = _compressed(q, kc, vc, groups, scale)
-    indices = _choose(q, kc, lse[0], k.shape[-3], block, compress_block, stride, top_n, scale, cu_seqlens, seqlens)
+    sizes = k.shape[-3], block, compress_block, stride, top_n, scale
+    indices = _choose(q, kc, lse[0], *sizes, cu_seqlens, groups, seqlens)
     branches[1], lse[1] = _chosen(q, k, v, indices, block, scale, cu_seqlens, seqlens)
     if seqlens is None:
         branches[2], lse[2] = attention.cpu_forward(q, k, v, None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1))
@@ -253,7 +264,7 @@ def block_forward(
     if q.numel() == 0:
         shape = (*q.shape[:-1], top_k)
         return empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32), empty(shape, q, torch.int32)
-    indices = _choose_means(q, k, cu_seqlens, block, top_k)
+    indices = _choose(q, k, None, k.shape[-3], block, 0, 1, top_k, scale, cu_seqlens, None, None)
     return (*_chosen(q, k, v, indices, block, scale, cu_seqlens, None), indices)
 
 

@@ -16,6 +16,8 @@ Ties go to the lower block. A choice has no gradient. What sees no key gives 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -87,7 +89,7 @@ def native_sparse_attention(
     """-> out [B, S, H, Dv] in q's dtype; of the branches out [3, B, S, H, Dv] and lse [3, B, S, H]; blocks [B, S, Hkv, top_n].
 
     The last three carry no gradient."""
-    sizes = dict(block=block, compress_block=compress_block, stride=stride, top_n=top_n, window=window, scale=scale)
+    sizes: dict[str, Any] = dict(block=block, compress_block=compress_block, stride=stride, top_n=top_n, window=window, scale=scale)
     if cu_seqlens is not None:
         cuts, at, parts = cu_seqlens.tolist(), 0, []
         for a, b in zip(cuts[:-1], cuts[1:], strict=True):
@@ -98,8 +100,8 @@ def native_sparse_attention(
         if not parts:
             out, lse = q.new_zeros(0, q.shape[1], v.shape[-1]), q.new_zeros(3, 0, q.shape[1], dtype=compute_dtype(q.dtype))
             return out, out.new_zeros(3, *out.shape), lse, torch.zeros(0, k.shape[1], top_n, dtype=torch.int32, device=q.device)
-        outs, branches, lses, chosen = zip(*parts, strict=True)
-        return torch.cat(outs, 1)[0], torch.cat(branches, 2)[:, 0], torch.cat(lses, 2)[:, 0], torch.cat(chosen, 1)[0]
+        whole = [torch.cat(x, 1 if i in (0, 3) else 2) for i, x in enumerate(zip(*parts, strict=True))]
+        return whole[0][0], whole[1][:, 0], whole[2][:, 0], whole[3][0]
 
     S, dtype, scale = q.shape[1], compute_dtype(q.dtype), q.shape[-1] ** -0.5 if scale is None else scale
     if seqlens is not None:
@@ -109,11 +111,11 @@ def native_sparse_attention(
     T, Tc = k.shape[1], k_compressed.shape[1]
     last = torch.full((1,), T, device=q.device) if seqlens is None else seqlens.long()
     positions = last[:, None] + torch.arange(-S, 0, device=q.device)  # [B|1, S]
-    wide = [x.to(dtype) for x in (q, k, v, k_compressed, v_compressed)]
+    q_wide, k_wide, v_wide = (x.to(dtype) for x in (q, k, v))
 
     ends = torch.arange(Tc, device=q.device) * stride + compress_block - 1  # the last key of each compressed block
     visible = (ends <= positions[:, :, None])[:, None, None]  # [B|1, 1, 1, S, Tc]
-    compressed, lse_compressed, probs = _attend(wide[0], wide[3], wide[4], visible, scale)
+    compressed, lse_compressed, probs = _attend(q_wide, k_compressed.to(dtype), v_compressed.to(dtype), visible, scale)
 
     blocks = -(-T // block)
     scores = selection_scores(probs.detach().sum(2), blocks, block, compress_block, stride)  # [B, Hkv, S, blocks]
@@ -121,11 +123,11 @@ def native_sparse_attention(
     forced = (index == 0) | (index >= own[:, :, None] - 1)
     indices = _choose(scores.transpose(1, 2), forced, (own + 1).clamp_min(0), top_n)  # [B, S, Hkv, top_n]
     visible = _chosen_keys(indices, positions, T, block)[:, :, None]  # [B, Hkv, 1, S, T]
-    selected, lse_selected, _ = _attend(*wide[:3], visible, scale)
+    selected, lse_selected, _ = _attend(q_wide, k_wide, v_wide, visible, scale)
 
     key, p = torch.arange(T, device=q.device), positions[:, :, None]
     visible = ((key <= p) & (key > p - window))[:, None, None]
-    near, lse_near, _ = _attend(*wide[:3], visible, scale)
+    near, lse_near, _ = _attend(q_wide, k_wide, v_wide, visible, scale)
 
     outs = torch.stack((compressed, selected, near))  # [3, B, S, H, Dv]
     out = torch.einsum("cbshd,bshc->bshd", outs, gates.to(dtype)).to(q.dtype)

@@ -81,8 +81,8 @@ def torch_moba(q: Tensor, k: Tensor, v: Tensor, *, block: int, top_k: int, cu_se
     return _fused(q, k, v, reference._chosen_keys(indices, positions, k.shape[1], block))
 
 
-def _qkv(draw: Draw, *shape: int, lengths: tuple[int, ...] = ()) -> Inputs:
-    found = nsa_inputs(draw, *shape, SMALL, lengths)  # type: ignore[arg-type]
+def _qkv(draw: Draw, B: int, S: int, T: int, H: int, Hkv: int, D: int, Dv: int, lengths: tuple[int, ...] = ()) -> Inputs:
+    found = nsa_inputs(draw, B, S, T, H, Hkv, D, Dv, SMALL, lengths)
     return {name: found[name] for name in ("q", "k", "v", "cu_seqlens") if name in found}
 
 
