@@ -180,6 +180,9 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, block_sparse_forward, BlockSparseForwardParams);
   TK_BIND_KERNEL(m, block_sparse_backward, BlockSparseBackwardParams);
   TK_BIND_KERNEL(m, block_select, BlockSelectParams);
+  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branches, gates, out,
+      dout, dbranches, dgates, threads));
+  TK_BIND_KERNEL(m, branch_gates, tk::BranchGatesParams);
 
 #ifdef TK_WITH_CUDA
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");

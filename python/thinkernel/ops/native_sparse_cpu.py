@@ -20,7 +20,7 @@ from torch import Tensor
 from thinkernel.ops import attention_backends as attention
 from thinkernel.ops import sparse_backends as sparse
 from thinkernel.ops.dispatch import C
-from thinkernel.ops.memory import empty, pointer, rows_contiguous, strides
+from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous, strides
 
 
 def covers(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
@@ -158,15 +158,16 @@ def _key_indices(indices: Tensor, positions: Tensor, block: int) -> Tensor:
 
 
 def _chosen(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None, seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None, seqlens: Tensor | None,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H]: csrc/cpu/block_sparse.cpp. The few queries of a cache go
+    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H], into `results`: csrc/cpu/block_sparse.cpp. The few queries of a cache go
     key by key: that kernel packs all keys first."""
     assert C is not None
     if seqlens is not None:
         keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, seqlens), block)
         return sparse.cpu_attention(q, k, v, keys, None, None, None, seqlens, None, v.shape[-1], scale)
-    out, lse = empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32)
+    out, lse = results or (empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32))
     fields, held = _block_fields(q, k, v, indices, block, scale, cu_seqlens)
     C.block_sparse_forward(C.BlockSparseForwardParams(**fields, out=pointer(out), lse=pointer(lse)))
     return out, lse
@@ -214,19 +215,33 @@ def native_sparse_forward(
     branches[0], lse[0] = _compressed(q, kc, vc, groups, scale)
     sizes = k.shape[-3], block, compress_block, stride, top_n, scale
     indices = _choose(q, kc, lse[0], *sizes, cu_seqlens, groups, seqlens)
-    branches[1], lse[1] = _chosen(q, k, v, indices, block, scale, cu_seqlens, seqlens)
     if seqlens is None:
-        branches[2], lse[2] = attention.cpu_forward(q, k, v, None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1))
+        _chosen(q, k, v, indices, block, scale, cu_seqlens, None, (branches[1], lse[1]))
+        _near(q, k, v, branches[2], lse[2], cu_seqlens, window, scale)
     else:
+        branches[1], lse[1] = _chosen(q, k, v, indices, block, scale, None, seqlens)
         cache = rows_contiguous(k), rows_contiguous(v), seqlens
         branches[2], lse[2] = attention.cpu_decode(q, *cache, None, None, None, None, None, 0, *_options(True, scale, window - 1))
-    return _weigh(branches, gates), branches, lse, indices
+    out, gates = empty(tuple(branches.shape[1:]), q), gates.float().contiguous()
+    C.branch_gates(C.BranchGatesParams(**_gate_fields(branches, gates), out=pointer(out)))
+    return out, branches, lse, indices
 
 
-def _weigh(branches: Tensor, gates: Tensor) -> Tensor:
-    """Σ_c gates_c branches_c in float32, rounded once; products and sums apart, since torch may fuse them in some lanes alone."""
-    first, second, third = (branches[c].float() * gates[..., c, None].float() for c in range(3))
-    return first.add_(second).add_(third).to(branches.dtype)
+def _near(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, window: int, scale: float) -> None:
+    """Attention over the window, into out [B, S, H, Dv] and lse [B, S, H]."""
+    q, k, v, cu = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), _int32(cu_seqlens)
+    C.attention_forward(C.AttentionForwardParams(
+        q=pointer(q), k=pointer(k), v=pointer(v), cu_seqlens_q=pointer(cu), cu_seqlens_k=pointer(cu), out=pointer(out), lse=pointer(lse),
+        q_stride=strides(q), k_stride=strides(k), v_stride=strides(v), out_stride=strides(out),
+        **attention._shape_fields(q, k, v, cu, *_options(True, scale, window - 1)),
+    ))  # fmt: skip
+
+
+def _gate_fields(branches: Tensor, gates: Tensor) -> dict[str, Any]:
+    return dict(
+        dtype=DTYPE_CODES[branches.dtype], rows=gates.numel() // 3, value_dim=branches.shape[-1], branches=pointer(branches),
+        gates=pointer(gates), threads=torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def native_sparse_backward(
@@ -237,8 +252,12 @@ def native_sparse_backward(
     """dq, dk, dv, dk_compressed, dv_compressed, dgates."""
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, kc, vc, gates))
-    dgates = (branches.float() * dout.float()).sum(-1).movedim(0, -1).to(gates.dtype).contiguous()  # [B, S, H, 3]
-    of_compressed, of_chosen, of_window = ((dout.float() * gates[..., c, None].float()).to(q.dtype) for c in range(3))
+    dout, wide_gates, douts = dout.contiguous(), gates.float().contiguous(), empty(tuple(branches.shape), branches)
+    dgates = empty(tuple(gates.shape), gates, torch.float32)
+    C.branch_gates(C.BranchGatesParams(
+        **_gate_fields(branches, wide_gates), dout=pointer(dout), dbranches=pointer(douts), dgates=pointer(dgates)
+    ))  # fmt: skip
+    of_compressed, of_chosen, of_window = douts
     groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, None)
     joined, wide_lse = groups.join(q), groups.join(lse[0][..., None])[..., 0].contiguous()
     dq, dkc, dvc, _ = attention.cpu_backward(
@@ -251,7 +270,7 @@ def native_sparse_backward(
         of_window, None, q, k, v, branches[2], lse[2], None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1)
     )
     dq = (first.float() + second.float() + third.float()).to(q.dtype).contiguous()
-    return dq, dk.add_(dk_near), dv.add_(dv_near), dkc, dvc, dgates
+    return dq, dk.add_(dk_near), dv.add_(dv_near), dkc, dvc, dgates.to(gates.dtype)
 
 
 # ---- MoBA ------------------------------------------------------------------------------------------------------

@@ -86,6 +86,16 @@ def _qkv(draw: Draw, B: int, S: int, T: int, H: int, Hkv: int, D: int, Dv: int, 
     return {name: found[name] for name in ("q", "k", "v", "cu_seqlens") if name in found}
 
 
+def _cache(draw: Draw) -> Inputs:
+    """Three new tokens of each sequence; what lies behind its end is NaN."""
+    inputs, lengths = nsa_inputs(draw, 2, 3, 40, 4, 2, 16, 24, SMALL), [40, 23]
+    for b, n in enumerate(lengths):
+        inputs["k"][b, n:] = inputs["v"][b, n:] = torch.nan
+        blocks = reference.compressed_length(n, SMALL["compress_block"], SMALL["stride"])
+        inputs["k_compressed"][b, blocks:] = inputs["v_compressed"][b, blocks:] = torch.nan
+    return inputs | {"seqlens": torch.tensor(lengths, dtype=torch.int32)}
+
+
 def _row(
     name: str, inputs: Callable[[Draw], Inputs], op: Callable[..., Tensor], baseline: Callable[..., Tensor], gradients: tuple[str, ...], *,
     small: bool = True,
@@ -109,6 +119,7 @@ ROWS = [
     _nsa_row("nsa", lambda draw: nsa_inputs(draw, 2, 50, 50, 4, 2, 16, 24, SMALL), SMALL),
     _nsa_row("nsa-last-queries", lambda draw: nsa_inputs(draw, 2, 9, 45, 4, 1, 16, 16, SMALL), SMALL),
     _nsa_row("nsa-packed", lambda draw: nsa_inputs(draw, 1, 0, 0, 4, 2, 16, 16, SMALL, LENGTHS), SMALL),
+    dict(name="sparse/nsa-cache", inputs=_cache, run=lambda **x: tk.native_sparse_attention(**x, **SMALL)),  # type: ignore[arg-type]
     _nsa_row("nsa-400", lambda draw: nsa_inputs(draw, 1, 400, 400, 8, 2, 64, 64, REAL), REAL, small=False),
     _moba_row("moba", lambda draw: _qkv(draw, 2, 50, 50, 4, 2, 16, 24), 8, 3),
     _moba_row("moba-packed", lambda draw: _qkv(draw, 1, 0, 0, 4, 2, 16, 16, lengths=LENGTHS), 8, 2),
