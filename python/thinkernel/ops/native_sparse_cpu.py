@@ -161,8 +161,8 @@ def _chosen(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int, scale: float, cu_seqlens: Tensor | None, seqlens: Tensor | None,
     results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H], into `results`: csrc/cpu/block_sparse.cpp. The few queries of a cache go
-    key by key: that kernel packs all keys first."""
+    """Attention over the chosen blocks -> out [B, S, H, Dv], lse [B, S, H], into `results`: csrc/cpu/block_sparse.cpp. The few
+    queries of a cache go key by key: that kernel packs all keys first."""
     assert C is not None
     if seqlens is not None:
         keys = _key_indices(indices, _positions(q.shape[-3], k.shape[-3], cu_seqlens, seqlens), block)
