@@ -184,6 +184,20 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, sparse_forward, SparseForwardParams);
   TK_BIND_KERNEL(m, sparse_backward, SparseBackwardParams);
 
+#define TK_BLOCK_SPARSE TK_ATTENTION_SHAPE, choosing, slots, block, q, k, v, q_stride, k_stride, v_stride, indices, cu_seqlens
+  using tk::BlockSparseForwardParams, tk::BlockSparseBackwardParams, tk::BlockSelectParams;
+  bind_params<BlockSparseForwardParams>(m, "BlockSparseForwardParams", TK_FIELDS(BlockSparseForwardParams, TK_BLOCK_SPARSE, out, lse));
+  bind_params<BlockSelectParams>(m, "BlockSelectParams", TK_FIELDS(BlockSelectParams, TK_ATTENTION_SHAPE, slots, block, compress_block,
+      stride, q, k, lse, q_stride, k_stride, cu_seqlens, cu_compressed, seqlens, indices));
+  bind_params<BlockSparseBackwardParams>(m, "BlockSparseBackwardParams", TK_FIELDS(BlockSparseBackwardParams, TK_BLOCK_SPARSE, out, lse,
+      dout, dq, dk, dv));
+  TK_BIND_KERNEL(m, block_sparse_forward, BlockSparseForwardParams);
+  TK_BIND_KERNEL(m, block_sparse_backward, BlockSparseBackwardParams);
+  TK_BIND_KERNEL(m, block_select, BlockSelectParams);
+  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branches, gates, out,
+      dout, dbranches, dgates, threads));
+  TK_BIND_KERNEL(m, branch_gates, tk::BranchGatesParams);
+
 #ifdef TK_WITH_CUDA
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");
   using tk::PolicyLossCudaParams, tk::GroupAdvantagesCudaParams;

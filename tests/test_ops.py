@@ -206,6 +206,7 @@ H, W, T = torch.zeros(6, 8), torch.zeros(11, 8), torch.zeros(6, dtype=torch.long
 X, UP, DOWN = torch.zeros(6, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
 WEIGHTS, EXPERTS = torch.ones(6, 2), torch.zeros(6, 2, dtype=torch.int32)
 QI, KI, WI = torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 8), torch.zeros(2, 3, 4)
+C, G, NSA = torch.zeros(2, 1, 2, 8), torch.zeros(2, 3, 4, 3), dict(block=4, compress_block=4, stride=2)
 KV, INDICES = torch.zeros(2, 5, 8), torch.zeros(2, 3, 4, dtype=torch.int32)
 
 BAD = [
@@ -253,6 +254,22 @@ BAD = [
     ("indices", lambda: tk.sparse_attention(Q, KV, INDICES - 2)),
     ("kv", lambda: tk.sparse_attention(Q, (K, K[:, :4]), INDICES)),
     ("reduction", lambda: tk.indexer_loss(QI, KI, WI, Q, KV, scale=1.0, reduction="max")),
+    ("gates", lambda: tk.native_sparse_attention(Q, K, K, C, C, G[..., :2], **NSA)),
+    ("k_compressed", lambda: tk.native_sparse_attention(Q, K, K, C[:, :0], C[:, :0], G, **NSA)),
+    ("v_compressed", lambda: tk.native_sparse_attention(Q, K, K, C, C[..., :7], G, **NSA)),
+    ("k_compressed", lambda: tk.native_sparse_attention(Q, K, K, C.double(), C, G, **NSA)),
+    ("block", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, block=3, compress_block=4, stride=2)),
+    ("compress_block", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, block=4, compress_block=5, stride=2)),
+    ("top_n", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, **NSA, top_n=2)),
+    ("window", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, **NSA, window=0)),
+    ("seqlens", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, **NSA, seqlens=LENGTHS + 1)),
+    ("seqlens", lambda: tk.native_sparse_attention(Q, K, K, C, C, G, **NSA, seqlens=LENGTHS[:1])),
+    ("cu_seqlens", lambda: tk.native_sparse_attention(Q[0], K[0, :3], K[0, :3], C[0, :0], C[0, :0], G[0], **NSA, cu_seqlens=LENGTHS)),
+    ("k", lambda: tk.block_attention(Q, K[..., :7], K, block=2, top_k=1)),
+    ("v", lambda: tk.block_attention(Q, K, K[:, :4], block=2, top_k=1)),
+    ("block", lambda: tk.block_attention(Q, K, K, block=0, top_k=1)),
+    ("top_k", lambda: tk.block_attention(Q, K, K, block=2, top_k=0)),
+    ("scale", lambda: tk.block_attention(Q, K, K, block=2, top_k=1, scale="1")),
     ("top_k", lambda: tk.route(torch.zeros(3, 4), 5)),
     ("score", lambda: tk.route(torch.zeros(3, 4), 2, score="tanh")),
     ("n_group", lambda: tk.route(torch.zeros(3, 4), 2, n_group=3)),
@@ -286,7 +303,7 @@ def test_bad_input_names_the_argument(i):
         call()
 
 
-@pytest.mark.parametrize("name", ["native_sparse_attention", "block_attention", "patch", "unpatch"])
+@pytest.mark.parametrize("name", ["patch", "unpatch"])
 def test_what_is_not_there_yet_says_so_by_name(name):
     with pytest.raises(NotImplementedError, match=f"{name} is not implemented yet"):
         getattr(tk, name)(None)

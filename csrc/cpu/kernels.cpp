@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention_kernels.h"
+#include "branch_kernels.h"
 #include "grpo_kernels.h"
 #include "linear_kernels.h"
 #include "mla_kernels.h"
@@ -38,6 +39,10 @@ const Kernels& table() {
       .indexer_loss_backward = indexer_loss_backward,
       .sparse_forward = sparse_forward,
       .sparse_backward = sparse_backward,
+      .block_select = block_select,
+      .block_sparse_forward = block_sparse_forward,
+      .block_sparse_backward = block_sparse_backward,
+      .branch_gates = branch_gates,
   };
   return kernels;
 }

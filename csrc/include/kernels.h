@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attention.h"
+#include "block_sparse.h"
+#include "branch_gates.h"
 #include "grpo.h"
 #include "indexer.h"
 #include "linear.h"
@@ -36,6 +38,10 @@ struct Kernels {
   void (*indexer_loss_backward)(const IndexerLossBackwardParams&) = nullptr;
   void (*sparse_forward)(const SparseForwardParams&) = nullptr;
   void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
+  void (*block_select)(const BlockSelectParams&) = nullptr;
+  void (*block_sparse_forward)(const BlockSparseForwardParams&) = nullptr;
+  void (*block_sparse_backward)(const BlockSparseBackwardParams&) = nullptr;
+  void (*branch_gates)(const BranchGatesParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

@@ -37,12 +37,11 @@ from thinkernel.ops.moe import (
     sequence_balance_loss,
     update_expert_bias,
 )
+from thinkernel.ops.native_sparse import block_attention, native_sparse_attention
 from thinkernel.ops.sparse import (
-    block_attention,
     indexer_loss,
     indexer_scores,
     indexer_topk,
-    native_sparse_attention,
     sparse_attention,
     topk,
 )

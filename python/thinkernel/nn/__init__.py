@@ -6,11 +6,13 @@ from thinkernel.nn.grpo import GRPOLoss, LinearLogProb
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
 from thinkernel.nn.moe import FeedForward, MixtureOfExperts, MoELosses
+from thinkernel.nn.native_sparse import BlockCompression, NativeSparseAttention
 from thinkernel.nn.norm import ZeroCentredRMSNorm
 from thinkernel.nn.rope import LinearRope, Llama3Rope, RotaryEmbedding, Yarn, packed_positions
-from thinkernel.nn.sparse import Indexer, NativeSparseAttention, SparseLatentAttention
+from thinkernel.nn.sparse import Indexer, SparseLatentAttention
 
 __all__ = [
+    "BlockCompression",
     "CacheStep",
     "FeedForward",
     "GRPOLoss",

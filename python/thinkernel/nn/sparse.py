@@ -146,10 +146,3 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             reduction="none",
         )  # [B, S]
         return out, loss
-
-
-class NativeSparseAttention(nn.Module):
-    """Native sparse attention (arXiv:2502.11089): compressed, selected and window branches, gated."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        raise NotImplementedError("NativeSparseAttention is not implemented yet; SparseLatentAttention is")

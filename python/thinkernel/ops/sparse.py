@@ -400,13 +400,3 @@ def indexer_loss(
     return indexer_loss_op(
         q, k, w, target_q.detach(), target_kv.detach(), indices, float(scale), target_lse, reduction
     )[0]
-
-
-def native_sparse_attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Native sparse attention (arXiv 2502.11089): compressed, selected and window branches. Not implemented yet."""
-    raise NotImplementedError("native_sparse_attention is not implemented yet")
-
-
-def block_attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Mixture of block attention, MoBA (arXiv 2502.13189). Not implemented yet."""
-    raise NotImplementedError("block_attention is not implemented yet")

@@ -20,6 +20,7 @@ from thinkernel.nn.rope import rotate
 from thinkernel.reference.mla import quantize_latent
 from thinkernel.testing.attention import torch_attention, torch_decode, torch_sparse_attention
 from thinkernel.testing.inputs import Draw
+from thinkernel.testing.native_sparse import ROWS as NATIVE_SPARSE_ROWS
 
 Inputs = dict[str, Any]
 
@@ -407,6 +408,7 @@ SPARSE = [
     Case("sparse", "sparse/indexer-loss-warm-up-700-keys", lambda draw: _indexer_loss_long(draw, sparse=False),
          lambda **x: tk.indexer_loss(**x, scale=0.2, reduction="none"), ("q", "k", "w")),
 ]
+NATIVE_SPARSE = [Case("sparse", **row) for row in NATIVE_SPARSE_ROWS]
 
 # ---- moe -------------------------------------------------------------------------------------------------------
 
@@ -676,5 +678,5 @@ LINEAR = [
     linear_case("large", 200, 300, 500, small=False),
 ]
 
-CASES = [*ATTENTION, *ATTENTION_FEATURES, *MLA, *MLA_MODULES, *SPARSE, *MOE, *GRPO, *LINEAR]
+CASES = [*ATTENTION, *ATTENTION_FEATURES, *MLA, *MLA_MODULES, *SPARSE, *NATIVE_SPARSE, *MOE, *GRPO, *LINEAR]
 FAMILIES = ("attention", "mla", "sparse", "moe", "grpo", "linear")
