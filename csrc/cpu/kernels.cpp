@@ -5,6 +5,7 @@
 #include "grpo_kernels.h"
 #include "linear_kernels.h"
 #include "mla_kernels.h"
+#include "moe_kernels.h"
 #include "sparse_kernels.h"
 
 namespace tk {
@@ -34,6 +35,11 @@ const Kernels& table() {
       .indexer_topk = indexer_topk,
       .sparse_forward = sparse_forward,
       .sparse_backward = sparse_backward,
+      .moe_pack = moe_pack,
+      .moe_forward = moe_forward,
+      .moe_backward = moe_backward,
+      .route_forward = route_forward,
+      .route_backward = route_backward,
   };
   return kernels;
 }

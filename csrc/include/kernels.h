@@ -6,6 +6,7 @@
 #include "indexer.h"
 #include "linear.h"
 #include "mla.h"
+#include "moe.h"
 #include "policy_loss.h"
 #include "sparse.h"
 #include "topk.h"
@@ -32,6 +33,11 @@ struct Kernels {
   void (*indexer_topk)(const IndexerTopkParams&) = nullptr;
   void (*sparse_forward)(const SparseForwardParams&) = nullptr;
   void (*sparse_backward)(const SparseBackwardParams&) = nullptr;
+  void (*moe_pack)(const MoePackParams&) = nullptr;
+  void (*moe_forward)(const MoeForwardParams&) = nullptr;
+  void (*moe_backward)(const MoeBackwardParams&) = nullptr;
+  void (*route_forward)(const RouteForwardParams&) = nullptr;
+  void (*route_backward)(const RouteBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.
