@@ -165,16 +165,20 @@ template <class S> void decode(const MoeForwardParams& p) {
     memset(p.y, 0, p.tokens * H * sizeof(S));
     return;
   }
-  Scratch<T> tokens(chunks * G::NR * Hp), acts(chunks * G::NR * Ip);
+  // Without weights on them the same rows for every expert: all tokens are the columns.
+  const bool shared = !p.weight_on_input;
+  const int64_t operands = shared ? 1 : chunks, token_size = G::NR * Hp;
+  Scratch<T> tokens(operands * token_size), acts(chunks * G::NR * Ip);
   Scratch<float> activations(chunks * 16 * round_up(I, 32)), out(chunks * kTokens * H);
-  parallel_for(chunks * H < (1 << 15) ? 1 : p.threads, chunks, [&](int64_t item, int) {
+  parallel_for(operands * H < (1 << 15) ? 1 : p.threads, operands, [&](int64_t item, int) {
+    if (shared) return G::pack_b((const S*)p.x, p.x_stride, p.tokens, H, tokens.get());
     const MoeChunk& c = plan.chunks[item];
     Scratch<float> rows(c.rows * H);
     for (int64_t i = 0; i < c.rows; ++i) {
       const int32_t slot = plan.order[c.first + i];
-      scale_row((const S*)p.x + slot / p.top_k * p.x_stride, p.weight_on_input ? p.weights[slot] : 1.0f, H, rows + i * H);
+      scale_row((const S*)p.x + slot / p.top_k * p.x_stride, p.weights[slot], H, rows + i * H);
     }
-    G::pack_b(rows.get(), H, c.rows, H, tokens + item * G::NR * Hp);
+    G::pack_b(rows.get(), H, c.rows, H, tokens + item * token_size);
   });
 
   using A = MoeActivation;
@@ -198,7 +202,7 @@ template <class S> void decode(const MoeForwardParams& p) {
     alignas(64) float sums[512];
     const int64_t chunk = item / blocks1, i = item % blocks1 * made, columns[2] = {halves ? i : i * (C / I), halves ? I + i : i * (C / I)};
     const Block<S> b = first_block(item), next = item + 1 < items1 ? first_block(item + 1) : b;
-    multiply(b, p.w1_stride[1], H, tokens + chunk * G::NR * Hp, sums, Fetch<S>(item + 1 < items1 ? &next : nullptr, p.w1_stride[1], H, Hp / 32));
+    multiply(b, p.w1_stride[1], H, tokens + (shared ? 0 : chunk * token_size), sums, Fetch<S>(item + 1 < items1 ? &next : nullptr, p.w1_stride[1], H, Hp / 32));
     const int n = (int)least(made, I - i);
     float* to = activations + chunk * 16 * round_up(I, 32) + i * 16;
     activate(sums, p.b1 ? p.b1 + plan.chunks[chunk].expert * C : nullptr, columns, n, p.limit, to);
@@ -207,7 +211,7 @@ template <class S> void decode(const MoeForwardParams& p) {
       for (int k = 0; k < made; k += 2) store_pair_of_k(load(to + k * 16), load(to + k * 16 + 16), i + k, acts + chunk * G::NR * Ip);
     }
   });
-  parallel_for(chunks * I < (1 << 15) ? 1 : p.threads, chunks, [&](int64_t chunk, int) {
+  if (sizeof(T) > 2 || round_up(I, made) < Ip) parallel_for(chunks * I < (1 << 15) ? 1 : p.threads, chunks, [&](int64_t chunk, int) {
     const float* from = activations + chunk * 16 * round_up(I, 32);
     T* to = acts + chunk * G::NR * Ip;
     if constexpr (sizeof(T) == 2) {  // what is left of the last step
@@ -234,7 +238,10 @@ template <class S> void decode(const MoeForwardParams& p) {
       vi v[16];
       for (int r = 0; r < 16; ++r) v[r] = as_int(load(sums + half * 256 + r * 16));
       transpose(v);
-      for (int64_t i = 0; i < c.rows; ++i) store_n(out + (c.padded + i) * H + h + half * 16, as_float(v[i]), b.n[half]);
+      for (int64_t i = 0; i < c.rows; ++i) {
+        const int64_t column = shared ? plan.order[c.first + i] / p.top_k : i;
+        store_n(out + (c.padded + i) * H + h + half * 16, as_float(v[column]), b.n[half]);
+      }
     }
   });
   combine<S>(p, plan, out, H, 0, H);
