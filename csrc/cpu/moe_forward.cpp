@@ -13,12 +13,30 @@ namespace {
 
 constexpr int64_t kTileRows = 96;  // whose sums are made and activated at a time: a multiple of every MR
 
+// z as it is kept: rounding must not carry a value across the limit, where the gradient jumps. Values beyond it stay beyond.
+template <class S> struct Kept {
+  vf limit, low, high;  // the greatest S that is not above the limit, and the next one
+  explicit Kept(float x) : limit(splat(x)), low(limit), high(limit) {
+    if constexpr (sizeof(S) == 2) {
+      if (isinf(x)) return;
+      S s = from_float<S>(x);
+      if (to_float(s) > x) --s.bits;
+      low = splat(to_float(s));
+      ++s.bits;
+      high = splat(to_float(s));
+    }
+  }
+  vf gate(vf x) const { return select((vi)(x > limit), max(high, x), min(low, x)); }
+  vf up(vf x) const { return select((vi)(x < -limit), min(-high, x), max(-low, gate(x))); }
+};
+
 // sums [rows, ld] -> activations in place, columns 0 .. cols - 1; pre-activations to z. Halves: up lies half columns on.
 template <MoeActivation kind, class S>
 void activate_tile(float* sums, int64_t rows, int64_t cols, int64_t ld, int64_t half, const float* b1, int64_t inner, int64_t j, float limit,
                    S* z, int64_t z_stride) {
   constexpr bool interleaved = kind == MoeActivation::gpt_oss, single = kind == MoeActivation::relu2;
   const int64_t at = interleaved ? 2 * j : j, up_at = inner + j;  // columns of z
+  const Kept<S> kept(limit);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = sums + r * ld;
     S* to = z ? z + r * z_stride : nullptr;
@@ -34,18 +52,19 @@ void activate_tile(float* sums, int64_t rows, int64_t cols, int64_t ld, int64_t 
         const int n0 = (int)least(W, 2 * n), n1 = 2 * n - n0;
         vf x = load_n(row + 2 * i, n0), y = load_n(row + 2 * i + W, n1), gate, up;
         if (b1) x += load_n(b1 + at + 2 * i, n0), y += load_n(b1 + at + 2 * i + W, n1);
+        deinterleave(x, y, &gate, &up);
         if (to) {
+          interleave(kept.gate(gate), kept.up(up), &x, &y);
           store_n(to + at + 2 * i, x, n0);
           store_n(to + at + 2 * i + W, y, n1);
         }
-        deinterleave(x, y, &gate, &up);
         store_n(row + i, gated<kind>(gate, up, splat(limit), false).a, n);  // behind what is still to be read
       } else {
         vf gate = load_n(row + i, n), up = load_n(row + half + i, n);
         if (b1) gate += load_n(b1 + at + i, n), up += load_n(b1 + up_at + i, n);
         if (to) {
-          store_n(to + at + i, gate, n);
-          store_n(to + up_at + i, up, n);
+          store_n(to + at + i, kept.gate(gate), n);
+          store_n(to + up_at + i, kept.up(up), n);
         }
         store_n(row + i, gated<kind>(gate, up, splat(limit), false).a, n);
       }
