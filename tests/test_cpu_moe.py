@@ -182,19 +182,22 @@ def test_nan_stays_in_its_row(dtype):
 
 def test_packed_weights_follow_their_source():
     """Kept between calls, made anew when the weights change in place, through .data or by a new tensor; gone with their weight."""
-    inputs = expert_inputs(Draw(9, torch.bfloat16), N=40)
-    w = inputs["w_gate_up"] = torch.nn.Parameter(inputs["w_gate_up"])
     count = len(moe_cpu._packed)
-    with torch.no_grad():
-        tk.moe(**inputs)
-        assert len(moe_cpu._packed) == count + 1
-        for change in (lambda: w.mul_(2), lambda: w.data.mul_(2), lambda: inputs["w_down"].neg_()):
-            change()
-            plain = inputs | dict(w_gate_up=w.detach().clone().requires_grad_())
-            with torch.enable_grad():
-                want = tk.moe(**plain).detach()
-            assert_bitwise(tk.moe(**inputs), want)
-    del w, inputs, plain
+
+    def use() -> None:
+        inputs = expert_inputs(Draw(9, torch.bfloat16), N=40)
+        w = inputs["w_gate_up"] = torch.nn.Parameter(inputs["w_gate_up"])
+        with torch.no_grad():
+            tk.moe(**inputs)
+            assert len(moe_cpu._packed) == count + 1
+            for change in (lambda: w.mul_(2), lambda: w.data.mul_(2), lambda: inputs["w_down"].neg_()):
+                change()
+                plain = inputs | dict(w_gate_up=w.detach().clone().requires_grad_())
+                with torch.enable_grad():
+                    want = tk.moe(**plain).detach()
+                assert_bitwise(tk.moe(**inputs), want)
+
+    use()
     assert len(moe_cpu._packed) == count
 
 

@@ -160,7 +160,8 @@ def packed_weights(x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str
     both = (w_gate_up, w_down)
     if any(w.stride(-1) != 1 for w in both):
         return None
-    key = (C.isa(), activation, layout, *((w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.shape, w.stride()) for w in both))
+    states = [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.shape, w.stride()) for w in both]
+    key = C.isa(), activation, layout, *states
     sample = torch.cat([w.detach()[:: max(1, w.shape[0] // 8), :: max(1, w.shape[1] // 8), :4].reshape(-1) for w in both])
     former = _packed.get(id(w_gate_up))
     if former is not None and former[0]() is w_gate_up and former[1] == key and torch.equal(former[2], sample):
