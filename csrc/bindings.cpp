@@ -197,6 +197,22 @@ PYBIND11_MODULE(_C, m) {
   bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branches, gates, out,
       dout, dbranches, dgates, threads));
   TK_BIND_KERNEL(m, branch_gates, tk::BranchGatesParams);
+#define TK_MOE dtype, activation, weight_on_input, in_out, limit, tokens, hidden, inner, experts, top_k, threads, x, x_stride, w1, w2, \
+      w1_stride, w2_stride, b1, b2, weights, chosen
+  using tk::MoePackParams, tk::MoeForwardParams, tk::MoeBackwardParams;
+  bind_params<MoePackParams>(m, "MoePackParams", TK_FIELDS(MoePackParams, TK_MOE, packed1, packed2, bytes));
+  bind_params<MoeForwardParams>(m, "MoeForwardParams", TK_FIELDS(MoeForwardParams, TK_MOE, packed1, packed2, y, z));
+  bind_params<MoeBackwardParams>(m, "MoeBackwardParams", TK_FIELDS(MoeBackwardParams, TK_MOE, dy, z, dx, dw1, dw2, db1, db2, dweights));
+  TK_BIND_KERNEL(m, moe_pack, MoePackParams);
+  TK_BIND_KERNEL(m, moe_forward, MoeForwardParams);
+  TK_BIND_KERNEL(m, moe_backward, MoeBackwardParams);
+#define TK_ROUTE dtype, score, renormalize, tokens, experts, top_k, scaling, threads, logits, stride
+  using tk::RouteForwardParams, tk::RouteBackwardParams;
+  bind_params<RouteForwardParams>(m, "RouteForwardParams", TK_FIELDS(RouteForwardParams, TK_ROUTE, groups, top_groups, group_max,
+      bias, replay, chosen, weights, counts, order, offsets));
+  bind_params<RouteBackwardParams>(m, "RouteBackwardParams", TK_FIELDS(RouteBackwardParams, TK_ROUTE, chosen, dweights, dlogits));
+  TK_BIND_KERNEL(m, route_forward, RouteForwardParams);
+  TK_BIND_KERNEL(m, route_backward, RouteBackwardParams);
 
 #ifdef TK_WITH_CUDA
   m.def("topk_cuda_workspace_bytes", &tk::cuda::topk_workspace_bytes, "The scratch that topk_cuda wants for these sizes.");

@@ -118,8 +118,8 @@ def test_autocast_casts_like_torch(name):
 
 
 def test_forced_backend_that_does_not_cover_is_an_error():
-    with tk.use_backend("cpu"), pytest.raises(NotImplementedError, match="route: backend 'cpu' does not cover.*no cpu kernel"):
-        tk.route(torch.randn(3, 4), 2)
+    with tk.use_backend("cpu"), pytest.raises(NotImplementedError, match="router_z_loss: backend 'cpu' does not cover.*no cpu kernel"):
+        tk.router_z_loss(torch.randn(3, 4))
     with tk.use_backend("cpu"), pytest.raises(NotImplementedError, match="float64"):
         tk.attention(*(torch.randn(1, 2, 2, 8, dtype=torch.float64) for _ in range(3)))
     with tk.use_backend("cuda"), pytest.raises(NotImplementedError, match="cuda"):
@@ -140,8 +140,8 @@ def test_fallback_warns_once_and_names_the_reason():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
-            tk.route(torch.randn(3, 9), 2)
-    messages = [str(w.message) for w in seen if "route" in str(w.message)]
+            tk.router_z_loss(torch.randn(3, 9))
+    messages = [str(w.message) for w in seen if "router_z_loss" in str(w.message)]
     assert len(messages) == 1 and "no cpu kernel" in messages[0]
 
 

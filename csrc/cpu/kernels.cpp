@@ -6,6 +6,7 @@
 #include "grpo_kernels.h"
 #include "linear_kernels.h"
 #include "mla_kernels.h"
+#include "moe_kernels.h"
 #include "sparse_kernels.h"
 
 namespace tk {
@@ -43,6 +44,11 @@ const Kernels& table() {
       .block_sparse_forward = block_sparse_forward,
       .block_sparse_backward = block_sparse_backward,
       .branch_gates = branch_gates,
+      .moe_pack = moe_pack,
+      .moe_forward = moe_forward,
+      .moe_backward = moe_backward,
+      .route_forward = route_forward,
+      .route_backward = route_backward,
   };
   return kernels;
 }

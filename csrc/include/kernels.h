@@ -8,6 +8,7 @@
 #include "indexer.h"
 #include "linear.h"
 #include "mla.h"
+#include "moe.h"
 #include "policy_loss.h"
 #include "sparse.h"
 #include "topk.h"
@@ -42,6 +43,11 @@ struct Kernels {
   void (*block_sparse_forward)(const BlockSparseForwardParams&) = nullptr;
   void (*block_sparse_backward)(const BlockSparseBackwardParams&) = nullptr;
   void (*branch_gates)(const BranchGatesParams&) = nullptr;
+  void (*moe_pack)(const MoePackParams&) = nullptr;
+  void (*moe_forward)(const MoeForwardParams&) = nullptr;
+  void (*moe_backward)(const MoeBackwardParams&) = nullptr;
+  void (*route_forward)(const RouteForwardParams&) = nullptr;
+  void (*route_backward)(const RouteBackwardParams&) = nullptr;
 };
 
 // The table for this CPU: the highest level it runs, or the one named by THINKERNEL_ISA.

@@ -56,6 +56,11 @@ template <> struct Gemm<bf16x3> {
           for (int p = 0; p < 3; ++p) store_transposed(v[p], dst + p * kPart + t * kTile);
         }
   }
+  // n <= 32 neighbours in k of one row: its line in a tile of highs at dst, those of middles and lows `part` elements on.
+  template <class S> static void pack_row(const S* src, int n, bf16* dst, int64_t part) {
+    const Parts x = split(src, n);
+    for (int p = 0; p < 3; ++p) _mm512_storeu_si512(dst + p * part, x.part[p]);
+  }
   // B panel: [k / 32][3 parts][2 tiles][16 pairs of k][16 columns][2]
   template <class S> static void pack_b(const S* src, int64_t stride, int64_t N, int64_t K, bf16x3* to) {
     bf16* dst = (bf16*)to;

@@ -5,13 +5,15 @@ Shapes: N tokens, H hidden, I intermediate, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks
-from thinkernel.ops.library import plain, reference_op
+from thinkernel.ops import checks, moe_cpu
+from thinkernel.ops.dispatch import requested
+from thinkernel.ops.library import Op, gradients, plain
 from thinkernel.reference import moe as reference
 from thinkernel.reference.moe import ACTIVATIONS, SCORES, Routing
 
@@ -34,14 +36,37 @@ def _route(
     ))
 
 
-route_op = reference_op(
+route_op = Op(
     "route",
     "(Tensor logits, Tensor? experts, Tensor? bias, int top_k, str score, int n_group, int topk_group, "
     "str group_score, bool renormalize, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route_fake,
-    _route,
-    differentiable=("logits",),
 )
+route_backward = Op(
+    "route_backward",
+    "(Tensor dweights, Tensor logits, Tensor chosen, str score, bool renormalize, float scaling) -> Tensor",
+    lambda dweights, logits, *rest: logits.new_empty(logits.shape),
+)
+
+
+@route_op.kernel("reference")
+def _reference_route(*args: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return _route(*args)
+
+
+@route_backward.kernel("reference")
+def _reference_route_backward(
+    dweights: Tensor, logits: Tensor, chosen: Tensor, score: str, renormalize: bool, scaling: float
+) -> Tensor:
+    def weights(z: Tensor) -> Tensor:
+        return reference.route(z, chosen.shape[1], score=score, renormalize=renormalize, scaling=scaling, experts=chosen).weights
+
+    return gradients(weights, [logits], [0], [dweights])[0]
+
+
+route_op.kernel("cpu", moe_cpu.route_covers)(moe_cpu.route)
+route_backward.kernel("cpu", lambda dweights, logits, *rest: moe_cpu.route_covers(logits, None, None))(moe_cpu.route_backward)
 
 
 @route_op.check
@@ -49,25 +74,100 @@ def _check_route(logits: Tensor, experts: Tensor | None, *options: Any) -> None:
     checks.within("experts", experts, 0, logits.shape[1] - 1, "E of logits")
 
 
-def _moe(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor, b_gate_up: Tensor | None,
-    b_down: Tensor | None, activation: str, weight_on: str, layout: str, limit: float | None,
-) -> Tensor:
-    return reference.moe(
+def _route_setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(args[0], outputs[1])
+    ctx.options = args[4], args[8], args[9]
+
+
+def _route_backward(ctx: Any, dweights: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    dlogits = None if dweights is None else route_backward(dweights, *ctx.saved_tensors, *ctx.options)
+    return dlogits, *(None,) * 9
+
+
+route_op.differentiate(_route_setup, _route_backward, reference=_route)
+route_backward.refuse_gradient("double backward is not supported")
+
+# ---- experts -----------------------------------------------------------------------------------------------------
+
+_TENSORS = (
+    "Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? b_gate_up, Tensor? b_down"
+)
+_OPTIONS = "str activation, str weight_on, str layout, float? limit"
+
+# z [N·K, C]: the pre-activations, kept for the backward on request (the cpu kernels alone)
+moe_forward = Op(
+    "moe_forward",
+    f"({_TENSORS}, Tensor? packed_1, Tensor? packed_2, {_OPTIONS}, bool keep) -> (Tensor, Tensor)",
+    lambda x, w1, w2, weights, experts, b1, b2, packed_1, packed_2, activation, weight_on, layout, limit, keep: (
+        x.new_empty(x.shape),
+        x.new_empty((experts.shape[0] * experts.shape[1] if keep else 0, w1.shape[1 if layout == "out_in" else 2])),
+    ),
+)
+moe_backward = Op(
+    "moe_backward",
+    f"(Tensor dy, Tensor z, {_TENSORS}, {_OPTIONS}, bool[] needs) -> Tensor[]",
+    lambda dy, z, x, w1, w2, weights, experts, b1, b2, activation, weight_on, layout, limit, needs: [
+        x.new_empty(0) if not need or t is None else t.new_empty(t.shape)
+        for need, t in zip(needs, (x, w1, w2, weights, b1, b2), strict=True)
+    ],
+)
+_DIFFERENTIABLE = (0, 1, 2, 3, 5, 6)  # of moe_forward's arguments
+
+
+def _reference_moe(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, experts: Tensor, b_gate_up: Tensor | None, b_down: Tensor | None,
+    packed_1: Tensor | None, packed_2: Tensor | None, activation: str, weight_on: str, layout: str, limit: float | None, keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y = reference.moe(
         x, w_gate_up, w_down, weights, experts, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
         weight_on=weight_on, layout=layout, limit=limit,
     )
+    kept = experts.numel() if keep else 0
+    return y, x.new_empty((kept, w_gate_up.shape[1 if layout == "out_in" else 2]))
 
 
-moe_op = reference_op(
-    "moe",
-    "(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor experts, Tensor? b_gate_up, Tensor? b_down, "
-    "str activation, str weight_on, str layout, float? limit) -> Tensor",
-    lambda x, *rest: x.new_empty(x.shape),
-    _moe,
-    differentiable=("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down"),
-)
-moe_op.autocast("x", "w_gate_up", "w_down", "b_gate_up", "b_down")
+@moe_forward.kernel("reference")
+def _reference_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _reference_moe(*args)
+
+
+@moe_backward.kernel("reference")
+def _reference_backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
+    *rest, needs = args
+    tensors, options = rest[:7], rest[7:]
+    found = iter(gradients(lambda *a: _reference_moe(*a)[0], [*tensors, None, None, *options, False], _DIFFERENTIABLE, [dy]))
+    every = [next(found) if tensors[i] is not None else dy.new_empty(0) for i in _DIFFERENTIABLE]
+    return [g if need else g.new_empty(0) for need, g in zip(needs, every, strict=True)]
+
+
+moe_forward.kernel("cpu", moe_cpu.covers)(moe_cpu.forward)
+moe_backward.kernel("cpu", lambda dy, z, *tensors: moe_cpu.covers(*tensors[:7], None, None))(moe_cpu.backward)
+
+
+def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.save_for_backward(outputs[1], *args[:7])
+    ctx.options = args[9:13]
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 14
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    found = moe_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    grads: list[Any] = [None] * 14
+    for i, need, g in zip(_DIFFERENTIABLE, needs, found, strict=True):
+        grads[i] = g if need else None
+    return tuple(grads)
+
+
+moe_forward.differentiate(_setup, _backward, reference=_reference_moe)
+moe_forward.autocast("x", "w_gate_up", "w_down", "b_gate_up", "b_down")
+moe_backward.refuse_gradient("double backward is not supported")
 
 
 def route(
@@ -172,9 +272,26 @@ def moe(
     checks.same_device(
         "x", x, w_gate_up=w_gate_up, w_down=w_down, weights=weights, experts=experts, b_gate_up=b_gate_up, b_down=b_down
     )
-    return moe_op(
-        x, w_gate_up, w_down, weights, experts, b_gate_up, b_down, activation, weight_on, layout,
-        None if limit is None else float(limit),
+    rows, top_k = math.prod(x.shape[:-1]), experts.shape[-1]  # not -1: a dimension may be 0
+    tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    packed = None
+    if not keep and rows > moe_cpu.DECODE_ROWS and _may_keep_packed(x, w_gate_up, w_down):
+        packed = moe_cpu.packed_weights(x, w_gate_up, w_down, activation, layout)
+    y, _ = moe_forward(
+        x.reshape(rows, hidden), w_gate_up, w_down, weights.reshape(rows, top_k), experts.reshape(rows, top_k), b_gate_up, b_down,
+        *(packed or (None, None)), activation, weight_on, layout, None if limit is None else float(limit), keep,
+    )
+    return y.view(x.shape)
+
+
+def _may_keep_packed(x: Tensor, *weights: Tensor) -> bool:
+    """Plain tensors of an eager call, which the cpu kernels take."""
+    return (
+        not torch.compiler.is_compiling()
+        and requested() in ("auto", "cpu")
+        and not torch._C._is_any_autocast_enabled()
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))
     )
 
 

@@ -20,6 +20,7 @@ from thinkernel.nn.rope import rotate
 from thinkernel.reference.mla import quantize_latent
 from thinkernel.testing.attention import torch_attention, torch_decode, torch_sparse_attention
 from thinkernel.testing.inputs import Draw
+from thinkernel.testing.moe import EXPERT_GRADIENTS, expert_inputs, torch_moe
 from thinkernel.testing.native_sparse import ROWS as NATIVE_SPARSE_ROWS
 
 Inputs = dict[str, Any]
@@ -423,21 +424,15 @@ def route_case(name: str, top_k: int, *, bias: bool = False, **options: Any) -> 
     return Case("moe", f"moe/route-{name}", inputs, run, ("logits",))
 
 
-def _experts(draw: Draw, *, in_out: bool = False, biases: bool = False, columns: int = 48) -> Inputs:
-    N, H, E, K = 29, 20, 8, 3
-    inner = columns // 2
-    experts = torch.stack([draw.permutation(E)[:K] for _ in range(N)]).int()
-    up, down = draw.weight(E, columns, H), draw.weight(E, H, inner)
-    if in_out:
-        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
-    inputs = dict(
-        x=draw.normal(N, H), w_gate_up=up, w_down=down, weights=draw.normal(N, K, dtype=torch.float32).softmax(-1),
-        experts=experts,
+def experts_case(name: str, sizes: Inputs | None = None, **options: Any) -> Case:
+    """tk.moe with `options`; sizes go to expert_inputs."""
+    sizes = sizes or {}
+    names = (*EXPERT_GRADIENTS, "b_gate_up", "b_down") if sizes.get("biases") else EXPERT_GRADIENTS
+    return Case(
+        "moe", f"moe/experts-{name}", lambda draw: expert_inputs(draw, **sizes), lambda **x: tk.moe(**x, **options), names,
+        lambda **x: torch_moe(**x, **options),
     )
-    return inputs | (dict(b_gate_up=draw.normal(E, columns), b_down=draw.normal(E, H)) if biases else {})
 
-
-_EXPERT_GRADIENTS = ("x", "w_gate_up", "w_down", "weights")
 
 MOE = [
     route_case("softmax", 3),
@@ -447,11 +442,15 @@ MOE = [
     route_case("gpt-oss", 3, score="softmax_topk"),
     route_case("llama4", 1, score="sigmoid_topk", renormalize=False),
     route_case("deepseek-v4", 3, score="sqrtsoftplus", bias=True, scaling=1.5),
-    Case("moe", "moe/experts-swiglu", _experts, lambda **x: tk.moe(**x), _EXPERT_GRADIENTS),
-    Case("moe", "moe/experts-in-out", lambda draw: _experts(draw, in_out=True),
-         lambda **x: tk.moe(**x, layout="in_out", weight_on="input"), _EXPERT_GRADIENTS),
-    Case("moe", "moe/experts-gpt-oss", lambda draw: _experts(draw, in_out=True, biases=True),
-         lambda **x: tk.moe(**x, layout="in_out", activation="gpt_oss"), (*_EXPERT_GRADIENTS, "b_gate_up", "b_down")),
+    experts_case("swiglu"),
+    experts_case("in-out", dict(in_out=True), layout="in_out", weight_on="input"),
+    experts_case("gpt-oss", dict(in_out=True, biases=True, spread=4.0), layout="in_out", activation="gpt_oss"),
+    experts_case("gpt-oss-out-in", dict(biases=True, spread=4.0), activation="gpt_oss", limit=5.0),
+    experts_case("clamped", dict(spread=4.0), limit=3.0),
+    experts_case("geglu", dict(biases=True), activation="geglu", weight_on="input"),
+    experts_case("geglu-tanh", dict(in_out=True), activation="geglu_tanh", layout="in_out"),
+    experts_case("relu2", dict(columns=24, biases=True), activation="relu2"),
+    experts_case("decode", dict(N=2, H=72, inner=40)),
     Case("moe", "moe/load-balancing",
          lambda draw: dict(probs=draw.normal(31, 16).softmax(-1), counts=draw.integers(0, 9, 16)),
          lambda **x: tk.load_balancing_loss(**x), ("probs",)),
