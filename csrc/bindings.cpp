@@ -180,8 +180,8 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, block_sparse_forward, BlockSparseForwardParams);
   TK_BIND_KERNEL(m, block_sparse_backward, BlockSparseBackwardParams);
   TK_BIND_KERNEL(m, block_select, BlockSelectParams);
-  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branches, gates, out,
-      dout, dbranches, dgates, threads));
+  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branch0, branch1, branch2, gates,
+      out, dout, dbranches, dgates, threads));
   TK_BIND_KERNEL(m, branch_gates, tk::BranchGatesParams);
 
 #ifdef TK_WITH_CUDA
