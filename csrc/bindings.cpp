@@ -202,8 +202,8 @@ PYBIND11_MODULE(_C, m) {
   TK_BIND_KERNEL(m, block_sparse_forward, BlockSparseForwardParams);
   TK_BIND_KERNEL(m, block_sparse_backward, BlockSparseBackwardParams);
   TK_BIND_KERNEL(m, block_select, BlockSelectParams);
-  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branches, gates, out,
-      dout, dbranches, dgates, threads));
+  bind_params<tk::BranchGatesParams>(m, "BranchGatesParams", TK_FIELDS(tk::BranchGatesParams, dtype, rows, value_dim, branch0, branch1, branch2, gates,
+      out, dout, dbranches, dgates, threads));
   TK_BIND_KERNEL(m, branch_gates, tk::BranchGatesParams);
 #define TK_MOE dtype, activation, weight_on_input, in_out, limit, tokens, hidden, inner, experts, top_k, threads, x, x_stride, w1, w2, \
       w1_stride, w2_stride, b1, b2, weights, chosen

@@ -17,13 +17,14 @@ template <class F> void each_row(const BranchGatesParams& p, const F& body) {
 }
 
 template <class S> void forward(const BranchGatesParams& p) {
-  const int64_t Dv = p.value_dim, branch = p.rows * Dv;
+  const int64_t Dv = p.value_dim;
+  const S* from[3] = {(const S*)p.branch0, (const S*)p.branch1, (const S*)p.branch2};
   each_row(p, [&](int64_t r) {
-    const S* from = (const S*)p.branches + r * Dv;
+    const float one[3] = {1.0f, 1.0f, 1.0f}, *gates = p.gates ? p.gates + r * 3 : one;
     for (int64_t d = 0; d < Dv; d += W) {
       const int n = (int)least(W, Dv - d);
-      vf sum = load_n(from + d, n) * p.gates[r * 3];
-      for (int c = 1; c < 3; ++c) sum = fma(load_n(from + c * branch + d, n), splat(p.gates[r * 3 + c]), sum);
+      vf sum = load_n(from[0] + r * Dv + d, n) * gates[0];
+      for (int c = 1; c < 3; ++c) sum = fma(load_n(from[c] + r * Dv + d, n), splat(gates[c]), sum);
       store_n((S*)p.out + r * Dv + d, sum, n);
     }
   });
@@ -31,15 +32,16 @@ template <class S> void forward(const BranchGatesParams& p) {
 
 template <class S> void backward(const BranchGatesParams& p) {
   const int64_t Dv = p.value_dim, branch = p.rows * Dv;
+  const S* from[3] = {(const S*)p.branch0, (const S*)p.branch1, (const S*)p.branch2};
   each_row(p, [&](int64_t r) {
-    const S *from = (const S*)p.branches + r * Dv, *dout = (const S*)p.dout + r * Dv;
+    const S* dout = (const S*)p.dout + r * Dv;
     S* to = (S*)p.dbranches + r * Dv;
     vf dot[3] = {zero(), zero(), zero()};
     for (int64_t d = 0; d < Dv; d += W) {
       const int n = (int)least(W, Dv - d);
       const vf g = load_n(dout + d, n);
       for (int c = 0; c < 3; ++c) {
-        dot[c] = fma(load_n(from + c * branch + d, n), g, dot[c]);
+        dot[c] = fma(load_n(from[c] + r * Dv + d, n), g, dot[c]);
         store_n(to + c * branch + d, g * p.gates[r * 3 + c], n);
       }
     }

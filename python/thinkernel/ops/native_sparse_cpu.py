@@ -11,6 +11,7 @@ side as d G heads of one query, and between such groups the mask is the ordinary
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ def native_sparse_forward(
         cache = rows_contiguous(k), rows_contiguous(v), seqlens
         branches[2], lse[2] = attention.cpu_decode(q, *cache, None, None, None, None, None, 0, *_options(True, scale, window - 1))
     out, gates = empty(tuple(branches.shape[1:]), q), gates.float().contiguous()
-    C.branch_gates(C.BranchGatesParams(**_gate_fields(branches, gates), out=pointer(out)))
+    C.branch_gates(C.BranchGatesParams(**_gate_fields(branches.unbind(), gates), out=pointer(out)))
     return out, branches, lse, indices
 
 
@@ -237,10 +238,12 @@ def _near(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens:
     ))  # fmt: skip
 
 
-def _gate_fields(branches: Tensor, gates: Tensor) -> dict[str, Any]:
+def _gate_fields(branches: Sequence[Tensor], gates: Tensor | None) -> dict[str, Any]:
+    """Three contiguous branches [B, S, H, ·], gates float32 [B, S, H, 3] or None: all 1."""
+    first, second, third = branches
     return dict(
-        dtype=DTYPE_CODES[branches.dtype], rows=gates.numel() // 3, value_dim=branches.shape[-1], branches=pointer(branches),
-        gates=pointer(gates), threads=torch.get_num_threads(),
+        dtype=DTYPE_CODES[first.dtype], rows=first.numel() // first.shape[-1], value_dim=first.shape[-1], branch0=pointer(first),
+        branch1=pointer(second), branch2=pointer(third), gates=pointer(gates), threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -255,7 +258,7 @@ def native_sparse_backward(
     dout, wide_gates, douts = dout.contiguous(), gates.float().contiguous(), empty(tuple(branches.shape), branches)
     dgates = empty(tuple(gates.shape), gates, torch.float32)
     C.branch_gates(C.BranchGatesParams(
-        **_gate_fields(branches, wide_gates), dout=pointer(dout), dbranches=pointer(douts), dgates=pointer(dgates)
+        **_gate_fields(branches.unbind(), wide_gates), dout=pointer(dout), dbranches=pointer(douts), dgates=pointer(dgates)
     ))  # fmt: skip
     of_compressed, of_chosen, of_window = douts
     groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, None)
@@ -269,7 +272,8 @@ def native_sparse_backward(
     third, dk_near, dv_near, _ = attention.cpu_backward(
         of_window, None, q, k, v, branches[2], lse[2], None, None, cu_seqlens, cu_seqlens, *_options(True, scale, window - 1)
     )
-    dq = (first.float() + second.float() + third.float()).to(q.dtype).contiguous()
+    dq, first = empty(tuple(q.shape), q), first.contiguous()
+    C.branch_gates(C.BranchGatesParams(**_gate_fields((first, second, third), None), out=pointer(dq)))
     return dq, dk.add_(dk_near), dv.add_(dv_near), dkc, dvc, dgates.to(gates.dtype)
 
 
