@@ -209,3 +209,27 @@ def test_backward_needs_only_what_is_asked():
         y = tk.moe(**leaves)
         (g,) = torch.autograd.grad(y, leaves[name], Draw(9, y.dtype).normal(*y.shape))
         assert_bitwise(g, want, name)
+
+
+WRONG = {
+    "x": [lambda x: x[0], lambda x: x.int(), lambda x: x[:, 1:]],
+    "w_gate_up": [lambda w: w[:, 1:], lambda w: w[0], lambda w: w[..., :-1], lambda w: w.int()],
+    "w_down": [lambda w: w[1:], lambda w: w[..., :-1], lambda w: w[:, 1:]],
+    "weights": [lambda w: w[1:], lambda w: w[0], lambda w: w[:, :0].T],
+    "experts": [lambda e: e[:, 1:], lambda e: e.float(), lambda e: e[None]],
+    "b_gate_up": [lambda b: b[:, 1:], lambda b: b[0]],
+    "b_down": [lambda b: b[1:], lambda b: b[..., None]],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_named(name):
+    inputs = expert_inputs(Draw(12), biases=True)
+    for spoil in WRONG[name]:
+        with pytest.raises((ValueError, TypeError)) as error:
+            tk.moe(**(inputs | {name: spoil(inputs[name])}))
+        related = {"x": ("x", "w_gate_up", "w_down", "weights"), "weights": ("weights", "experts"), "experts": ("experts", "weights")}
+        assert str(error.value).startswith(related.get(name, (name, "w_down"))), str(error.value)
+    for options in (dict(activation="silu"), dict(layout="hf"), dict(weight_on="both"), dict(limit=-1.0)):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            tk.moe(**inputs, **options)
