@@ -74,12 +74,35 @@ inline void shrink_rows(const float* shrink, int64_t rows, float* o, int64_t ldo
       for (int64_t d = 0; d < ldo; d += W) store(o + r * ldo + d, load(o + r * ldo + d) * shrink[r]);
 }
 
-template <class T> struct LatentBlock;
+// By type of packed queries. Value: of latents.
+template <class Q> struct LatentBlock;
+
+// What a Block that knows one panel of rows at a time does with more of them.
+template <class Block> struct ByPanels {
+  // Calls of next.beat() before the last latent is read.
+  static int64_t beats_of_scores(int64_t, int64_t D) { return Block::beats(1, D, 0); }
+  static int64_t work_floats(int64_t) { return Block::kWork; }
+  template <class S, class Q> static void pack_queries(const S* src, int64_t stride, int64_t rows, int64_t D, Q* to) {
+    Gemm<Q>::pack_b(src, stride, rows, D, to);
+  }
+  // q: panels of `per_row` elements a row; those whose flag is not set see nothing.
+  template <class T, class Q, class Next>
+  static void probabilities(const Transform& f, const Line<T>* lines, int64_t count, int64_t rows, const bool* sees, int64_t D, const Q* q,
+                            int64_t per_row, const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result,
+                            float* work, Next& next) {
+    for (int64_t r = 0; r < rows; r += Block::kPanel)
+      if (sees[r / Block::kPanel])
+        Block::probabilities(f, lines, count, least(Block::kPanel, rows - r), D, q + r * per_row, limit + r, m + r, l + r, o + r * ldo, ldo,
+                             first, result + r / Block::kPanel * Block::kProbs, work, next);
+  }
+};
 
 // ------------------------------------------------------------------------------------------------ float
 
-template <> struct LatentBlock<float> {
+template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
+  using Value = float;
   using Mm = Gemm<float>;
+  using ByPanels::probabilities;
   static constexpr int64_t kKeys = 256;        // of a block
   static constexpr int64_t kPanel = 2 * W;
   static constexpr int64_t kHalf = kKeys * W;  // floats of the scores of half a panel, [keys, W]
@@ -234,8 +257,10 @@ template <> struct LatentBlock<float> {
 // ------------------------------------------------------------------------------------------------ bf16 on AMX
 
 #if defined(__AMX_BF16__)
-template <> struct LatentBlock<bf16> {
+template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
+  using Value = bf16;
   using Mm = Gemm<bf16>;
+  using ByPanels::probabilities;
   static constexpr int64_t kKeys = 256;  // of a block
   static constexpr int64_t kPanel = 32, kTile = Mm::kTile;
   static constexpr int64_t kHalf = kKeys * 16;       // floats of the scores of half a panel, [keys, 16 rows]
