@@ -9,9 +9,9 @@
 //
 // B batch, Sq new queries, H heads, D values of a latent, Dv of them its value, R = Sq H rows of a sequence, query by query.
 #include "latent_cache.h"
-#include "mla_block.h"
-#include "mla_split.h"
 #include "mla_kernels.h"
+#include "mla_split.h"
+#include "mla_tiles.h"
 
 namespace tk::TK_ISA {
 namespace {
