@@ -2,11 +2,11 @@
 //
 //   x = high + middle + low,   a·b = ah·bl + ah·bm + am·bm + am·bh + al·bh + ah·bh   (in this order)
 //
-// Latents are split twice, where they lie in L2: for the scores as left operands, for the values as right ones. A split takes a
-// third of the cycles of the products of 16 rows and runs between them, into a few KiB that go round in L1.
+// Latents are split twice, from where they lie: for the scores as left operands, for the values as right ones. 32 x 32 of them
+// take 260 cycles, the tile products of 16 rows with them 192: they run side by side, the parts in a few KiB that go round.
 //
-// Order of sums: a score is the sum of chains of kChain values of D, an element of o of a block is one chain over its keys; chains
-// start from zero and their results are added in order. Nothing depends on how many rows or lines there are.
+// Order of sums: a score is the sum of chains of kChain steps of 32 values of D, a block's part of o is one chain over its keys;
+// chains start from zero and their results are added in order. Nothing depends on how many rows or lines there are.
 //
 // Layouts, a tile 16 x 32 bf16:  planes of 32 keys x 32 d   [3 parts][2 tiles of 16 keys][16 keys][16 pairs (d, d + 16)]
 //   queries, a panel of 32 rows  [d / 32][3 parts][2 tiles of 16 rows][16 pairs (d, d + 16)][16 rows][2]
@@ -51,7 +51,8 @@ template <> struct LatentBlock<bf16x3> {
         memset((void*)v, 0, sizeof v);
         for (int i = 0; i < 16 && 16 * t + i < rows; ++i) {
           const S* row = src + (16 * t + i) * stride + d;
-          split(load_n(row, (int)least(16, D - d)), D - d > 16 ? load_n(row + 16, (int)least(16, D - d - 16)) : zero(), (bf16*)&v[0][i], 512);
+          const int64_t left = D - d;
+          split(load_n(row, (int)least(16, left)), left > 16 ? load_n(row + 16, (int)least(16, left - 16)) : zero(), (bf16*)&v[0][i], 512);
         }
         for (int p = 0; p < 3; ++p) {
           transpose(v[p]);
@@ -74,7 +75,8 @@ template <> struct LatentBlock<bf16x3> {
     for (int64_t r = 0; r < rows; r += 16) {
       if (!sees[r / kPanel]) continue;
       alignas(64) float shrink[16];
-      softmax(f, s + r / 16 * kHalf, count * kLine, limit + r, m + r, l + r, shrink, (bf16*)(result + r / kPanel * kProbs) + r % kPanel / 16 * kTile);
+      bf16* to = (bf16*)(result + r / kPanel * kProbs) + r % kPanel / 16 * kTile;
+      softmax(f, s + r / 16 * kHalf, count * kLine, limit + r, m + r, l + r, shrink, to);
       if (!first) shrink_rows(shrink, least(16, rows - r), o + r * ldo, ldo);
     }
   }
@@ -134,7 +136,8 @@ template <> struct LatentBlock<bf16x3> {
     bool along;
     const float* from = nullptr;
     bf16* to;
-    Split(const Line<float>* line, bool along, int64_t pieces, int64_t d, bf16* to) : line(line), d(d), left(pieces * 32), along(along), to(to) {
+    Split(const Line<float>* line, bool along, int64_t pieces, int64_t d, bf16* to)
+        : line(line), d(d), left(pieces * 32), along(along), to(to) {
       if (left) from = line->at + d;
     }
     __attribute__((always_inline)) void some(int64_t n) {
@@ -175,8 +178,9 @@ template <> struct LatentBlock<bf16x3> {
       const bf16* b = q;
       for (int64_t t = 0; t < steps; ++t, turn ^= 1, b += kStep) {
         const bf16* a = planes + turn * 2 * kStep;
-        const int64_t then = t + 1 < steps ? i : i + 2;
-        now = Split<false>(lines + then, false, most(0, least(2, count - then)), t + 1 < steps ? (t + 1) * 32 : 0, planes + (turn ^ 1) * 2 * kStep);
+        const bool last = t + 1 == steps;
+        const int64_t then = last ? i + 2 : i;
+        now = Split<false>(lines + then, false, most(0, least(2, count - then)), last ? 0 : (t + 1) * 32, planes + (turn ^ 1) * 2 * kStep);
         const auto phase = [&](const bf16* a) __attribute__((always_inline)) {
           _tile_loadd(5, a, 64);
           _tile_dpbf16ps(0, 5, 4);
@@ -202,7 +206,7 @@ template <> struct LatentBlock<bf16x3> {
         phase(a + kPart);
         phase(a + 2 * kPart);
         phase(a);
-        if ((t + 1) % kChain != 0 && t + 1 < steps) continue;
+        if ((t + 1) % kChain != 0 && !last) continue;
         alignas(64) float sums[2 * kLine * 16];
         float* to = t < kChain ? s : sums;
         _tile_stored(0, to, 64);
