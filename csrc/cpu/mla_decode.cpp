@@ -9,8 +9,9 @@
 //
 // B batch, Sq new queries, H heads, D values of a latent, Dv of them its value, R = Sq H rows of a sequence, query by query.
 #include "latent_cache.h"
-#include "mla_block.h"
 #include "mla_kernels.h"
+#include "mla_split.h"
+#include "mla_tiles.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -32,9 +33,10 @@ AttentionShape shape_of(const MlaDecodeParams& p) {
 
 // S: queries and results, Kv: the cache
 template <class S, class Kv> struct Mla {
-  using T = Compute<S>;
-  using Mm = Gemm<T>;
-  using Block = LatentBlock<T>;
+  using Q = FastCompute<S>;
+  using Block = LatentBlock<Q>;
+  using T = typename Block::Value;
+  using Mm = Gemm<Q>;
   static constexpr int64_t kPanel = Block::kPanel;
 
   const MlaDecodeParams& p;
@@ -65,13 +67,13 @@ template <class S, class Kv> struct Mla {
   // Scratch of one thread, in floats.
   int64_t copy_floats() const { return Block::kKeys * round_up(Block::width(D), 16); }
   int64_t scratch_floats() const {
-    return round_up(copy_floats() + kRows / kPanel * Block::kProbs + Block::kWork + kRows + 2 * state_floats(kRows, ldo), 1024);
+    return round_up(copy_floats() + kRows / kPanel * Block::kProbs + Block::work_floats(kRows) + 2 * kRows + 2 * state_floats(kRows, ldo), 1024);
   }
 
   // `count` rows from `first` of the batch on, all of sequence b, or (shared keys) of any; q: their panels.
   struct Rows {
     int64_t first, count, b;
-    const T* q;
+    const Q* q;
   };
 
   // Lines of keys [j, j + n) of sequence b, where they lie or copied.
@@ -114,7 +116,7 @@ template <class S, class Kv> struct Mla {
     T* copy = (T*)scratch;
     float* probs = scratch + copy_floats();
     float* work = probs + kRows / kPanel * Block::kProbs;
-    int32_t* limits = (int32_t*)(work + Block::kWork);
+    int32_t *limits = (int32_t*)(work + Block::work_floats(kRows)), *here = limits + kRows;
     const int64_t padded = round_up(x.count, kPanel);
     int64_t end = 0;
     for (int64_t r = 0; r < padded; ++r) {
@@ -127,20 +129,16 @@ template <class S, class Kv> struct Mla {
       const int64_t n = least(Block::kKeys, end - k);
       Line<T> lines[Block::kKeys / kLine];
       const int64_t count = (n + kLine - 1) / kLine;
-      next.spread(Block::beats(1, D, 0));  // what is left of this block, before the first panel's scores need it
+      next.spread(Block::beats_of_scores(x.count, D));  // what is left of this block, before the scores need it
       stage(x.b, index * kLatentSplit + k, n, copy, lines, next);
       bool sees[kRows / kPanel];
-      for (int64_t r = 0; r < x.count; r += kPanel) {
-        alignas(64) int32_t here[kPanel];
-        bool any = false;
-        for (int64_t i = 0; i < kPanel; ++i) here[i] = limits[r + i] - (int32_t)k, any |= here[i] > 0;
-        sees[r / kPanel] = any;
-        if (any)
-          Block::probabilities(f, lines, count, least(kPanel, x.count - r), D, x.q + r * kp, here, result.m + r, result.l + r,
-                               result.o + r * ldo, ldo, k == 0, probs + r / kPanel * Block::kProbs, work, next);
+      for (int64_t r = 0; r < padded; ++r) {
+        here[r] = limits[r] - (int32_t)k;
+        sees[r / kPanel] = (r % kPanel && sees[r / kPanel]) || here[r] > 0;
       }
+      Block::probabilities(f, lines, count, x.count, sees, D, x.q, kp, here, result.m, result.l, result.o, ldo, k == 0, probs, work, next);
       next = k + n < end ? fetch({x.b, index * kLatentSplit + k + n}, end - k - n) : fetch(then, Block::kKeys);
-      next.spread(Block::beats(1, D, 0) + Block::beats(x.count, 0, Dv));
+      next.spread(Block::beats_of_scores(x.count, D) + Block::beats(x.count, 0, Dv));
       Block::values(lines, count, x.count, sees, Dv, probs, result.o, ldo, k == 0, work, next);
     }
   }
@@ -161,15 +159,15 @@ template <class S, class Kv> struct Mla {
 
   // Queries of `rows` rows from `first` on as right operands, a panel an item.
   int64_t panels(int64_t rows) const { return (rows + kPanel - 1) / kPanel; }
-  void pack(int64_t first, int64_t rows, int64_t panel, T* q) const {
+  void pack(int64_t first, int64_t rows, int64_t panel, Q* q) const {
     const int64_t r = panel * kPanel;
-    Mm::pack_b((const S*)p.q + (first + r) * D, D, least(kPanel, rows - r), D, q + r * kp);
+    Block::pack_queries((const S*)p.q + (first + r) * D, D, least(kPanel, rows - r), D, q + r * kp);
   }
 
   // The prefix's whole splits for the rows of all sequences, some at a time: what each has after them.
   void run_shared(float* scratch, int64_t floats, const State& result) const {
     const int64_t rows = p.batch * R, chunks = (rows + kRows - 1) / kRows;
-    Scratch<T> q(panels(rows) * kPanel * kp);
+    Scratch<Q> q(panels(rows) * kPanel * kp);
     parallel_for(p.threads, panels(rows), [&](int64_t i, int) { pack(0, rows, i, q); });
     clear(result, rows);
     const int64_t wave = least(shared, (4 * p.threads + chunks - 1) / chunks), apart = state_floats(kRows, ldo);
@@ -207,7 +205,7 @@ template <class S, class Kv> struct Mla {
     Scratch<float> scratch(p.threads * floats), shared_state(shared ? state_floats(B * R, ldo) : 0);
     const State prefix = state(shared_state, B * R);
     if (shared) run_shared(scratch, floats, prefix);
-    Scratch<T> packed(B * panels(R) * kPanel * kp);
+    Scratch<Q> packed(B * panels(R) * kPanel * kp);
     parallel_for(p.threads, B * panels(R), [&](int64_t i, int) {
       const int64_t b = i / panels(R);
       pack(b * R, R, i % panels(R), packed + b * panels(R) * kPanel * kp);

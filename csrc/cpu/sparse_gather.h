@@ -4,7 +4,7 @@
 #pragma once
 
 #include "latent_cache.h"
-#include "mla_block.h"
+#include "mla_tiles.h"
 #include "sparse.h"
 
 namespace tk::TK_ISA {

@@ -1,0 +1,267 @@
+// mla_block.h's block of keys in bf16 on AMX.
+//
+// Layouts, a tile 16 x 32 bf16:  queries as Gemm<bf16>::pack_b lays them; probabilities of half a panel [lines][16 rows][32 keys];
+// 32 columns of values of a line [2 tiles][16 pairs of keys][16 columns][2], the columns in the order of Packing below
+#pragma once
+
+#include "mla_block.h"
+
+namespace tk::TK_ISA {
+
+#if defined(__AMX_BF16__)
+template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
+  using Value = bf16;
+  using Mm = Gemm<bf16>;
+  using ByPanels::probabilities;
+  static constexpr int64_t kKeys = 256;  // of a block
+  static constexpr int64_t kPanel = 32, kTile = Mm::kTile;
+  static constexpr int64_t kHalf = kKeys * 16;       // floats of the scores of half a panel, [keys, 16 rows]
+  static constexpr int64_t kHalfProbs = kKeys * 16;  // elements, [lines, 16 rows, 32 keys]
+  static constexpr int64_t kColumns = kKeys * 32;    // elements of 32 columns of values
+  static constexpr int64_t kFew = 16;                // rows whose values are packed a line of keys at a time
+
+  static int64_t width(int64_t D) { return round_up(D, 32); }
+  static bool takes(int64_t D) { return D % 32 == 0; }  // else a tile row would reach past the latent
+  static int64_t ld_o(int64_t Dv) { return round_up(Dv, 32) + 16; }  // no power of two: the rows of a tile fall in different sets
+  static constexpr int64_t kProbs = kHalfProbs, kWork = 2 * kHalf;   // work: scores of a panel, or twice 32 columns of values
+  static int64_t beats(int64_t rows, int64_t D, int64_t Dv) {
+    const int64_t panels = (rows + kPanel - 1) / kPanel;
+    return kKeys / kLine * (panels * D / 32 + (rows <= kFew ? Dv / 8 : panels * Dv / 32));
+  }
+
+  static void unfold(float* o, int64_t Dv) { unpacked_columns(o, Dv); }
+
+  template <class Next>
+  static void probabilities(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q,
+                            const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result, float* s,
+                            Next& next) {
+    const int64_t halves = rows > 16 ? 2 : 1;
+    products(lines, count, rows, D, q, s, next);
+    for (int64_t h = 0; h < halves; ++h) {
+      alignas(64) float shrink[16];
+      softmax(f, s + h * kHalf, count * kLine, limit + h * 16, m + h * 16, l + h * 16, shrink, (bf16*)result + h * kHalfProbs);
+      if (!first) shrink_rows(shrink, least(16, rows - h * 16), o + h * 16 * ldo, ldo);
+    }
+  }
+  template <class Next>
+  static void products(const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q, float* s, Next& next) {
+    const int64_t steps = Mm::padded_k(D) / 32;
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows > 16) scores<2>(lines[i], steps, q, s + i * kLine * 16, next);
+      else scores<1>(lines[i], steps, q, s + i * kLine * 16, next);
+    }
+    tile_fence();
+  }
+  template <class Next>
+  static void values(const Line<bf16>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
+                     int64_t ldo, bool first, float* work, Next& next) {
+    bf16* v = (bf16*)work;
+    if (rows <= kFew) {
+      int64_t d = sees[0] ? 0 : Dv;
+      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d < Dv; d += 32) few_rows<1>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      return tile_fence();
+    }
+    int64_t panels = 0;
+    for (int64_t r = 0; r < rows; r += kPanel) panels += sees[r / kPanel];
+    if (!panels) return;
+    const int64_t share = (16 + panels - 1) / panels;  // pairs of the next columns packed with each step of the product
+    Packing pack(lines, count, 0, v);
+    pack.some(count * 16);
+    for (int64_t d = 0; d < Dv; d += 32) {
+      const bf16* now = v + d / 32 % 2 * kColumns;
+      pack = Packing(lines, d + 32 < Dv ? count : 0, d + 32, v + (d / 32 + 1) % 2 * kColumns);
+      for (int64_t r = 0; r < rows; r += kPanel) {
+        if (!sees[r / kPanel]) continue;
+        const bf16* p = (const bf16*)(probs + r / kPanel * kProbs);
+        if (rows - r > 16) add_values<2>(count, p, now, o + r * ldo + d, ldo, first, pack, share, next);
+        else add_values<1>(count, p, now, o + r * ldo + d, ldo, first, pack, share, next);
+      }
+    }
+    tile_fence();
+  }
+
+ private:
+  // Columns d to d + 32 of some lines of values as right operands, pairs of keys interleaved: [lines][2 tiles][16 pairs]
+  // [16 columns][2], the columns in the order that the instruction gives: tile 0 holds 0-3, 8-11, ..., tile 1 the others.
+  // unfold() undoes it.
+  struct Packing {
+    const Line<bf16>* line;
+    int64_t d, left, pair = 0;
+    const bf16* row = nullptr;
+    bf16* to;
+    Packing(const Line<bf16>* lines, int64_t count, int64_t d, bf16* to) : line(lines), d(d), left(count * 16), to(to) {
+      if (left) row = line->at + d;
+    }
+    // The next n pairs.
+    __attribute__((always_inline)) void some(int64_t n) {
+      for (; n && left; --n, to += 32, row += 2 * line->step) {
+        if (pair == 16) pair = 0, ++line, row = line->at + d, to += kTile;
+        ++pair, --left;
+        const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + line->step);
+        _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  };
+
+  // o[16, 32 C] (+)= P V for one half of a panel. Each value is needed once: a line of keys is packed while the one before it is
+  // multiplied, into 8 KiB that go round. With more of them, or with the lines after it fetched into L1, this took half again as
+  // long: latents lie 1152 bytes apart and share a few sets of L1.
+  template <int C, class Next>
+  static void few_rows(const Line<bf16>* lines, int64_t count, int64_t d, const bf16* probs, bf16* v, float* o, int64_t ldo, bool first,
+                       Next& next) {
+    constexpr int64_t kRing = 2, kAhead = 1, kSize = C * 2 * kTile;
+    const int64_t bytes = ldo * 4;
+    tile_fence();
+    if (first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (C == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    } else {
+      _tile_loadd(0, o, bytes);
+      _tile_loadd(1, o + 16, bytes);
+      if constexpr (C == 2) {
+        _tile_loadd(2, o + 32, bytes);
+        _tile_loadd(3, o + 48, bytes);
+      }
+    }
+    for (int64_t i = 0; i < count + kAhead; ++i) {
+      if (i < count) pack_line<C>(lines[i], d, v + i % kRing * kSize, next);
+      if (i < kAhead) continue;
+      tile_fence();
+      const bf16* x = v + (i - kAhead) % kRing * kSize;
+      _tile_loadd(4, probs + (i - kAhead) * kTile, 64);
+      _tile_loadd(6, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, x + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (C == 2) {
+        _tile_loadd(5, x + 2 * kTile, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, x + 3 * kTile, 64);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+    _tile_stored(0, o, bytes);
+    _tile_stored(1, o + 16, bytes);
+    if constexpr (C == 2) {
+      _tile_stored(2, o + 32, bytes);
+      _tile_stored(3, o + 48, bytes);
+    }
+  }
+  // 32 C columns of a line of keys, each 32 as Packing lays them.
+  template <int C, class Next> static void pack_line(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
+    const bf16* row = line.at + d;
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < 16; ++pair, row += 2 * line.step, to += 32) {
+      if (pair % 2 == 0) next.beat();
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const __m512i even = _mm512_loadu_si512(row + 32 * c), odd = _mm512_loadu_si512(row + line.step + 32 * c);
+        _mm512_store_si512(to + 2 * c * kTile, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + (2 * c + 1) * kTile, _mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  }
+
+  // S^T of kLine keys and N halves of a panel of rows.
+  template <int N, class Next> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s, Next& next) {
+    const bf16 *a = line.at, *below = a + 16 * line.step;
+    const int64_t bytes = line.step * 2;
+    tile_fence();
+    _tile_zero(0);
+    _tile_zero(2);
+    if constexpr (N == 2) {
+      _tile_zero(1);
+      _tile_zero(3);
+    }
+    for (; steps; --steps, a += 32, below += 32, q += 2 * kTile) {
+      next.beat();
+      _tile_stream_loadd(4, a, bytes);  // past L1, where the queries stay
+      _tile_loadd(6, q, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(5, below, bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (N == 2) {
+        _tile_loadd(7, q + kTile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, s, 64);
+    _tile_stored(2, s + 256, 64);
+    if constexpr (N == 2) {
+      _tile_stored(1, s + kHalf, 64);
+      _tile_stored(3, s + kHalf + 256, 64);
+    }
+  }
+
+  static void softmax(const Transform& f, float* s, int64_t keys, const int32_t* limit, float* m, float* l, float* shrink, bf16* probs) {
+    // Dwords (p of key k, p of key k + 1) of 16 rows, from their 32 rounded values.
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                                           3, 18, 2, 17, 1, 16, 0);
+    vi v[16];
+    softmax_down<true>(f, s, keys, limit, m, l, shrink, [&](int64_t k, const vf* x) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 8; u += 2)
+        v[(k % kLine + u) / 2] = (vi)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[u + 1], (__m512)x[u]));
+      if ((k + 8) % kLine != 0) return;
+      transpose(v);
+      bf16* to = probs + (k + 8 - kLine) * 16;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, (__m512i)v[i]);
+    });
+  }
+
+  // o[N halves, 32] (+)= P V. Between the products `share` pairs of the next values are packed a step.
+  template <int N, class Next>
+  static void add_values(int64_t count, const bf16* probs, const bf16* v, float* o, int64_t ldo, bool first,
+                         Packing& pack, int64_t share, Next& next) {
+    const int64_t bytes = ldo * 4;
+    float* below = o + 16 * ldo;
+    tile_fence();
+    if (first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (N == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    } else {
+      _tile_loadd(0, o, bytes);
+      _tile_loadd(1, o + 16, bytes);
+      if constexpr (N == 2) {
+        _tile_loadd(2, below, bytes);
+        _tile_loadd(3, below + 16, bytes);
+      }
+    }
+    for (; count; --count, probs += kTile, v += 2 * kTile) {
+      next.beat();
+      _tile_stream_loadd(4, probs, 64);  // past L1, where the values stay
+      _tile_loadd(6, v, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, v + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (N == 2) {
+        _tile_stream_loadd(5, probs + kHalfProbs, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      pack.some(share);
+      tile_fence();
+    }
+    _tile_stored(0, o, bytes);
+    _tile_stored(1, o + 16, bytes);
+    if constexpr (N == 2) {
+      _tile_stored(2, below, bytes);
+      _tile_stored(3, below + 16, bytes);
+    }
+  }
+};
+#endif
+
+}  // namespace tk::TK_ISA
