@@ -133,13 +133,16 @@ template <class St> struct Backward {
     float* gate;       // [G, rows]
     QueryRanges seen;  // [rows], and per kGroup of them
   };
+  // Whether by_pairs packs queries just before each use: where that is the only one, nothing is to be said for packing all first.
+  static bool is_fresh(const Sequence& s) { return Block::kFresh || s.k_blocks <= kTogether; }
   int64_t pair_bytes(int64_t q_blocks, int64_t k_blocks, bool fresh) const {
     const int64_t rows = q_blocks * kQueries;
     return round_up(((fresh ? 1 : G * q_blocks) * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 5 * G * rows * 4 +
                     QueryRanges::floats(rows, kGroup) * 4, 4096);
   }
-  Pair pair_at(const Sequence* order, int64_t pair, bool fresh, char* base) const {
+  Pair pair_at(const Sequence* order, int64_t pair, bool one_pass, char* base) const {
     const Sequence& s = order[pair / p.kv_heads];
+    const bool fresh = one_pass && is_fresh(s);
     const int64_t rows = s.q_blocks * kQueries;
     T* q = (T*)base;
     T* k = q + (fresh ? 1 : G * s.q_blocks) * q_size;
@@ -347,7 +350,7 @@ template <class St> struct Backward {
     Sizes m;
     for (int64_t i = 0; i < count; ++i) {
       m.q_blocks = most(m.q_blocks, order[i].q_blocks), m.k_blocks = most(m.k_blocks, order[i].k_blocks);
-      m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks, one_pass && Block::kFresh));
+      m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks, one_pass && is_fresh(order[i])));
     }
     if (one_pass) m.dq_blocks = G * m.q_blocks;
     m.local = round_up(Block::floats() + sum_size + m.dq_blocks * dq_size + m.dq_blocks * kGroups / 4 + 1, 1024);
@@ -361,7 +364,7 @@ template <class St> struct Backward {
     Scratch<char> packed(threads * m.bytes);
     Scratch<float> scratch(threads * m.local);
     parallel_for(p.threads, count * p.kv_heads, [&](int64_t item, int thread) {
-      const Pair x = pair_at(order, item, Block::kFresh, packed + thread * m.bytes);
+      const Pair x = pair_at(order, item, true, packed + thread * m.bytes);
       float* base = scratch + thread * m.local;
       Block block(base);
       float *sums = base + Block::floats(), *dq = sums + sum_size;
