@@ -133,7 +133,7 @@ template <> struct GradBlock<bf16x3> {
         for (int u = 0; u < 2; ++u) {
           const int64_t at = (r + e) * kLdq + q + u * W;
           vf down = load(dp + at);
-          if (!whole) down = select(one[u], dot[u], down);  // O = V there: the difference is 0
+          if (!whole && !o.gate) down = select(one[u], dot[u], down);  // O = V there: the difference is 0
           grad(load(scores + at), down, logit[u], whole ? zero() : rest[u], dot[u], o.dlse ? dlse + u : nullptr,
                o.gate ? gate + u : nullptr, p + u, d + u);
           if (!whole) {
