@@ -10,7 +10,8 @@
 //
 // Canonical order: a sequence's queries are counted from the first one that can see a key and cut into blocks of kQueries,
 // its keys from the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over
-// query blocks, in the order of ascending(); dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
+// query blocks, in the order of ascending(); dQ of a query block over key blocks, ascending. How blocks are spread over threads
+// changes no bits:
 //   many pairs:  one item per (sequence, key head) does all of it, five products a block
 //   few pairs:   dK, dV by key block, then dQ by query block, seven products, any number of threads
 // Packed sequences of unequal length do both: the longest ones by blocks, then the others by pairs, the long before the short.
@@ -180,8 +181,8 @@ template <class St> struct Backward {
       const Range seen = visible_keys(p, i0 + r + x.s.n - x.s.S, x.s.n);
       one_key[r] = -(seen.hi - seen.lo == 1);
     }
-    Block::dots(queries_at(x, g, block) + q_across + q_down, at<St>(p.dout, p.dout_stride, b, x.s.q + i0, h), p.dout_stride[1], at<St>(p.out, p.out_stride, b, x.s.q + i0, h), p.out_stride[1], count,
-                Dv, one_key, dot);
+    const St *dout = at<St>(p.dout, p.dout_stride, b, x.s.q + i0, h), *out = at<St>(p.out, p.out_stride, b, x.s.q + i0, h);
+    Block::dots(queries_at(x, g, block) + q_across + q_down, dout, p.dout_stride[1], out, p.out_stride[1], count, Dv, one_key, dot);
     for (int64_t r = 0; r < round_up(count, kGroup); ++r) {
       const int64_t row = (x.s.row + i0 + r) * p.heads + h;
       const float lse = r < count ? p.lse[row] : -INFINITY;

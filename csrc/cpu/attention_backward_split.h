@@ -68,11 +68,13 @@ template <> struct GradBlock<bf16x3> {
     const int64_t kp = Mm::padded_k(o.D), vp = Mm::padded_k(o.Dv);
     const int64_t q_panel = Mm::NR * Mm::padded_k(o.queries);
     const int64_t groups = (o.queries + kGroup - 1) / kGroup;
+    const float *key = (const float*)o.k_down, *query = (const float*)o.q_across;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t a = round_down(most(o.seen.hull_lo[g] - o.first_key, 0), Scores::MR), b = least(o.seen.hull_hi[g] - o.first_key, o.keys);
+      const int64_t a = round_down(most(o.seen.hull_lo[g] - o.first_key, 0), Scores::MR);
+      const int64_t b = least(o.seen.hull_hi[g] - o.first_key, o.keys), q = g * kGroup;
       if (a < b)
-        Scores::gemm_panels(b - a, kGroup, o.D, (const float*)o.k_down + a * o.D, Scores::MR * o.D,
-                            (const float*)o.q_across + g * kGroup * o.D, Scores::NR * o.D, s + a * kLdq + g * kGroup, kLdq, false);
+        Scores::gemm_panels(b - a, kGroup, o.D, key + a * o.D, Scores::MR * o.D, query + q * o.D, Scores::NR * o.D, s + a * kLdq + q,
+                            kLdq, false);
     }
     for (int64_t k = 0; k < o.keys; k += kPanel) {
       int64_t ga, gb;
@@ -91,8 +93,8 @@ template <> struct GradBlock<bf16x3> {
       int64_t ka, kb;
       keys_seen(o, kPanel, g, &ka, &kb);
       if (ka >= kb) continue;
-      Mm::gemm_panels<1, false>(kp, 32, kb - ka, o.key + ka * Mm::MR, k_panel, (const bf16x3*)(ds_across + 3 * (g * 32 * kKeys + ka * 32)), 0,
-                      dq + g * kp * 32, 32, dq_started[g]);
+      const bf16x3* across = (const bf16x3*)(ds_across + 3 * (g * 32 * kKeys + ka * 32));
+      Mm::gemm_panels<1, false>(kp, 32, kb - ka, o.key + ka * Mm::MR, k_panel, across, 0, dq + g * kp * 32, 32, dq_started[g]);
       dq_started[g] = true;
     }
   }
