@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <unordered_map>
 
+#include "buffers.h"
 #include "kernels.h"
 #include "types.h"
 #ifdef TK_WITH_CUDA
@@ -88,6 +89,13 @@ PYBIND11_MODULE(_C, m) {
     return names;
   }, "The ISA levels this CPU runs and this build has, lowest first.");
   m.def("set_isa", [](const std::string& level) { tk::set_isa(level.c_str()); }, "Chooses a level; for tests.");
+
+  py::class_<tk::Buffer>(m, "Buffer", "Memory for a result, kept when freed.", py::buffer_protocol())
+      .def(py::init<std::size_t>())
+      .def_buffer([](const tk::Buffer& b) {
+        return py::buffer_info(static_cast<std::uint8_t*>(b.data()), static_cast<py::ssize_t>(b.bytes()));
+      });
+  m.def("kept_bytes", &tk::kept_bytes, "Bytes of freed results kept for results to come.");
 
   // AttentionShape's fields, which all three take
 #define TK_ATTENTION_SHAPE dtype, batch, q_len, k_len, heads, kv_heads, head_dim, value_dim, scale, causal, window_left, \

@@ -27,6 +27,7 @@ using V = Ops::V;
 using M = Ops::M;
 using policy::Level;
 constexpr int64_t kBlock = 4096;      // tokens: with every tensor in use 128 KiB, in L2
+constexpr int64_t kStream = 1 << 17;  // tokens from which on dlogprob passes the caches by: the call takes 15-30 % less
 constexpr int64_t kItem = 2 * kBlock; // tokens of a work item, so that short sequences do not make one each
 
 struct Block {
@@ -304,6 +305,7 @@ class PolicyLoss {
     const float threshold = threshold_;
     const policy::ClipBounds clip = policy::clip_bounds(o);
     float* const dlogprob = p_.dlogprob && (own_ratio || !past_ratio_is_zero()) ? p_.dlogprob + b.place : nullptr;
+    const bool streams = own_ratio && passes_caches(dlogprob);
     float* const dref = p_.dref_logprob ? p_.dref_logprob + b.place : nullptr;
     float* const dent = p_.dentropy ? p_.dentropy + b.place : nullptr;
     const uint16_t* words = words_ + b.words;
@@ -316,7 +318,7 @@ class PolicyLoss {
     over_tokens(b, [&](int64_t i, int n) {
       const uint16_t* bits = words + i / W;
       if (Ops::none(bits)) {
-        if (dlogprob) Ops::store(dlogprob + i, none, n);
+        if (dlogprob) Ops::store(dlogprob + i, none, n, streams);
         if (!plain && dref) Ops::store(dref + i, none, n);
         if (!plain && dent) Ops::store(dent + i, none, n);
         return;
@@ -347,7 +349,7 @@ class PolicyLoss {
         ratio.add(keep(x.ratio));
         least_ratio = min(least_ratio, Ops::fold_min(select(on, x.ratio, Ops::splat(INFINITY))));
         most_ratio = max(most_ratio, Ops::fold_max(select(on, x.ratio, Ops::splat(-INFINITY))));
-        if (dlogprob) Ops::store(dlogprob + i, keep(weight * policy::token_gradient<Ops>(x)), n);
+        if (dlogprob) Ops::store(dlogprob + i, keep(weight * policy::token_gradient<Ops>(x)), n, streams);
       } else {
         slope.add(keep(weight * x.slope));
         if (dlogprob) Ops::store(dlogprob + i, keep(weight * x.direct), n);
@@ -376,7 +378,7 @@ class PolicyLoss {
         bonus_entropy.flush();
       }
     });
-
+    if (streams) fence();
     Partial& out = partials_[index];
     out.loss = loss.total();
     out.slope = slope.total();
@@ -398,6 +400,10 @@ class PolicyLoss {
     }
   }
 
+  bool passes_caches(const float* gradient) const {
+    return gradient && places_ >= kStream && (uintptr_t)gradient % (W * sizeof(float)) == 0;
+  }
+
   // Where the whole gradient goes through the sequence's ratio, the last pass writes it and the loss pass leaves it alone.
   bool past_ratio_is_zero() const {
     return o_.kl == policy::Kl::none && (o_.form == policy::Form::clipped || o_.form == policy::Form::sapo);
@@ -416,19 +422,20 @@ class PolicyLoss {
     const Rows rows(p_, b);
     float* const dlogprob = p_.dlogprob + b.place;
     const uint16_t* words = words_ + b.words;
-    const bool alone = past_ratio_is_zero();
+    const bool alone = past_ratio_is_zero(), streams = alone && passes_caches(dlogprob);
     const V none = Ops::splat(0);
     over_tokens(b, [&](int64_t i, int n) {
       const uint16_t* bits = words + i / W;
       if (Ops::none(bits)) {
-        if (alone) Ops::store(dlogprob + i, none, n);
+        if (alone) Ops::store(dlogprob + i, none, n, streams);
         return;
       }
       const M on = Ops::lanes(bits);
       const policy::Token<Ops> t = rows.token<true>(i, n, on);
       const V more = select(on, policy::sequence_gradient<Ops>(t.logprob, t.old, slope, o), none);
-      Ops::store(dlogprob + i, alone ? more : Ops::load(dlogprob + i, n) + more, n);
+      Ops::store(dlogprob + i, alone ? more : Ops::load(dlogprob + i, n) + more, n, streams);
     }, [] {});
+    if (streams) fence();
   }
 
   void write_metrics() {

@@ -137,6 +137,23 @@ inline uint32_t bits_of(vi mask) {
 }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
+// Past the caches: no line is fetched to be overwritten, none is pushed out. p lies on a vector's boundary.
+inline void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+// After streaming stores, before another thread reads them.
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 struct VectorOps {
 #if defined(__AVX512F__)
   using V = vf2;
@@ -146,6 +163,11 @@ struct VectorOps {
   static TK_POLICY void store(float* p, V x, int n) {
     store_n(p, x.low, n);
     store_n(p + W, x.high, n - W);
+  }
+  static TK_POLICY void store(float* p, V x, int n, bool streams) {
+    if (!streams || n < kWidth) return store(p, x, n);
+    stream(p, x.low);
+    stream(p + W, x.high);
   }
   static TK_POLICY M lanes(const uint16_t* words) { return {words[0], words[1]}; }
   static TK_POLICY bool none(const uint16_t* words) { return (words[0] | words[1]) == 0; }
@@ -158,6 +180,7 @@ struct VectorOps {
   static constexpr int kWidth = W;
   static TK_POLICY V load(const float* p, int n) { return load_n(p, n); }
   static TK_POLICY void store(float* p, V x, int n) { store_n(p, x, n); }
+  static TK_POLICY void store(float* p, V x, int n, bool streams) { streams && n == W ? stream(p, x) : store_n(p, x, n); }
   static TK_POLICY M lanes(const uint16_t* words) { return lanes_of(words[0]); }
   static TK_POLICY bool none(const uint16_t* words) { return words[0] == 0; }
   static TK_POLICY vf fold_min(V x) { return x; }

@@ -117,7 +117,7 @@ class Op:
         autograd, which spares the recomputation an opaque backward op needs.
         """
 
-        def through(kernels: Callable[..., Any]) -> Callable[..., Any]:
+        def through(kernels: Callable[..., Any], plain: Callable[..., bool]) -> Callable[..., Any]:
             class Function(torch.autograd.Function):
                 @staticmethod
                 def forward(ctx: Any, *args: Any) -> Any:
@@ -136,7 +136,7 @@ class Op:
                 if not torch.is_grad_enabled() or not _any_requires_grad(args):
                     return kernels(*args)
                 args = self._all_arguments(args)
-                if reference is not None and _plain(args) and self.choose(args).backend == "reference":
+                if reference is not None and plain(args) and self.choose(args).backend == "reference":
                     if self.check_contents is not None:
                         self.check_contents(*args)
                     return reference(*args)
@@ -145,8 +145,8 @@ class Op:
 
             return autograd
 
-        self.eager = through(self._run)
-        _LIBRARY.impl(self.name, through(self._below_autograd), "Autograd")
+        self.eager = through(self._run, lambda args: True)  # __call__ has looked
+        _LIBRARY.impl(self.name, through(self._below_autograd, _plain), "Autograd")
 
     def refuse_gradient(self, why: str) -> None:
         """Differentiating this op is an error that names it and says why."""

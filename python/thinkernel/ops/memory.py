@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from thinkernel.ops.dispatch import C
 
 # csrc/include/types.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,10 +70,22 @@ def zeros_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return x.zero_()
 
 
+KEPT = range(1 << 17, 1 << 26)  # bytes; below, malloc has them at hand
+
+
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised result on like's device; NaN-filled inside `poisoned_results`."""
-    x = torch.empty(shape, dtype=like.dtype if dtype is None else dtype, device=like.device)  # new_empty takes 1 µs more
-    _ask_for_huge_pages(x)
+    """An uninitialised result on like's device; NaN-filled inside `poisoned_results`.
+
+    On the CPU the memory of a result of 128 KiB to 64 MiB is kept when its last tensor is gone and given to the next
+    (csrc/include/buffers.h)."""
+    wanted = like.dtype if dtype is None else dtype
+    nbytes = math.prod(shape) * wanted.itemsize
+    if nbytes in KEPT and like.is_cpu:
+        x = torch.frombuffer(C.Buffer(nbytes), dtype=wanted).view(shape)
+    else:
+        x = like.new_empty(shape) if dtype is None else torch.empty(shape, dtype=dtype, device=like.device)
+        if nbytes >= HUGE_FROM:
+            _ask_for_huge_pages(x)
     if _poison and x.is_floating_point():
         x.fill_(float("nan"))
     return x

@@ -187,11 +187,10 @@ def _cpu(
         cu_seqlens, sequences = cu_seqlens.long().contiguous(), cu_seqlens.shape[0] - 1
         fields["cu_seqlens"] = cu_seqlens.data_ptr()
     loss, metrics = empty((), logprob), empty((len(METRICS),), logprob)
-    results = []
-    for name, need in zip(("dlogprob", "dentropy", "dref_logprob"), needs, strict=True):
-        results.append(empty(shape if need else (0,), logprob))
+    results = [empty(shape, logprob) if need else logprob.new_empty(0) for need in needs]
+    for name, need, result in zip(("dlogprob", "dentropy", "dref_logprob"), needs, results, strict=True):
         if need:
-            fields[name] = results[-1].data_ptr()
+            fields[name] = result.data_ptr()
     C.policy_loss(C.PolicyLossParams(
         **fields, sequences=sequences, length=shape[-1], advantage_per_token=int(per_token), mask_bytes=mask.element_size(),
         mask_is_float=int(mask.is_floating_point()), total=normaliser(REDUCTION[loss_type], num_items_in_batch, n, sequences),
@@ -334,20 +333,13 @@ def policy_loss(
             nan if log_ratio_clamp is None else log_ratio_clamp, tau[0], tau[1],
         ),
     )
-    metrics = dict(zip(METRICS, values.unbind(), strict=True))
-    if off_policy_threshold is None:
-        del metrics["off_policy_kept"]
-    if rollout_correction is None:
-        del metrics["rollout_ratio"]
-    if ref_logprob is None:
-        del metrics["kl"]
-    if entropy is None:
-        del metrics["entropy"]
-    if loss_type not in CLIPPED:
-        del metrics["clip_low"]
-        if loss_type != "cispo":
-            del metrics["clip_high"], metrics["clip_fraction"]
-    return loss, metrics
+    applies = {
+        "clip_low": loss_type in CLIPPED, "clip_high": loss_type in CLIPPED or loss_type == "cispo",
+        "clip_fraction": loss_type in CLIPPED or loss_type == "cispo", "kl": ref_logprob is not None,
+        "rollout_ratio": rollout_correction is not None, "off_policy_kept": off_policy_threshold is not None,
+        "entropy": entropy is not None,
+    }  # fmt: skip
+    return loss, {name: values[i] for i, name in enumerate(METRICS) if applies.get(name, True)}  # unbind makes all of them, at 0.5 us
 
 
 MASKS = (
