@@ -10,13 +10,15 @@
 //
 // Canonical order: a sequence's queries are counted from the first one that can see a key and cut into blocks of kQueries,
 // its keys from the first valid one into blocks of kKeys. dK and dV of a key block sum over the group's heads, then over
-// query blocks, in the order of ascending(); dQ of a query block over key blocks, ascending. How blocks are spread over threads changes no bits:
+// query blocks, in the order of ascending(); dQ of a query block over key blocks, ascending. How blocks are spread over threads
+// changes no bits:
 //   many pairs:  one item per (sequence, key head) does all of it, five products a block
 //   few pairs:   dK, dV by key block, then dQ by query block, seven products, any number of threads
 // Packed sequences of unequal length do both: the longest ones by blocks, then the others by pairs, the long before the short.
 //
 // B batch, S queries, T keys, H query heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim.
 #include "attention_backward.h"
+#include "attention_backward_split.h"
 #include "attention_kernels.h"
 
 #include <stdlib.h>
@@ -42,12 +44,14 @@ int heavier(const void* a, const void* b) {
 }
 
 template <class St> struct Backward {
-  using T = Compute<St>;
+  using T = FastCompute<St>;
   using Mm = Gemm<T>;
   using Block = GradBlock<T>;
+  using Scores = Block::Scores;
+  using ST = Scores::Type;
   static constexpr int64_t kQueries = Block::kQueries, kKeys = Block::kKeys, kGroup = Block::kGroup;
   static constexpr int64_t kGroups = kQueries / kGroup;
-  static constexpr int64_t kTogether = 2;  // key blocks a query block passes over while it is in L2
+  static constexpr int64_t kTogether = Block::kTogether;
   static constexpr int64_t kPackedBytes = 512 << 20;  // packed operands held at a time
 
   const AttentionBackwardParams& p;
@@ -55,16 +59,19 @@ template <class St> struct Backward {
   const int64_t ldk = round_up(D, Mm::NR), ldv = round_up(Dv, Mm::NR);
   const int64_t dq_size = Block::dq_size(D);
   // elements of the packed forms of a block: queries across, queries down (the same for dO); keys down, and K for dQ
-  const int64_t q_across = Mm::size_b(kQueries, D), q_down = Mm::size_b(D, kQueries);
+  const int64_t q_across = scores(Scores::size_b(kQueries, D)), q_down = Mm::size_b(D, kQueries);
   const int64_t o_across = Mm::size_b(kQueries, Dv), o_down = Mm::size_b(Dv, kQueries);
   const int64_t q_size = q_across + q_down + o_across + o_down;
-  const int64_t k_down = Mm::size_a(kKeys, D), v_down = Mm::size_a(kKeys, Dv);
+  const int64_t k_down = scores(Scores::size_a(kKeys, D)), v_down = Mm::size_a(kKeys, Dv);
   const int64_t k_size = k_down + v_down + Block::key_size(D);
   const int64_t sum_size = kTogether * kKeys * (ldk + ldv);
   const Transform transform{p};
 
   explicit Backward(const AttentionBackwardParams& params)
       : p(params), D(p.head_dim), Dv(p.value_dim), G(p.kv_heads ? p.heads / p.kv_heads : 0) {}
+
+  // An operand of K Q^T in elements of T, on a cache line.
+  static int64_t scores(int64_t size) { return round_up((size * (int64_t)sizeof(ST) + sizeof(T) - 1) / sizeof(T), 32); }
 
   // ---- sequences and the blocks of theirs that see each other
 
@@ -117,7 +124,8 @@ template <class St> struct Backward {
     const Sequence& s;
     int64_t head;      // key head
     int64_t rows;      // q_blocks * kQueries
-    T* q;              // [G, q_blocks] of q_size
+    bool fresh;        // queries are packed just before each use, in one place
+    T* q;              // [G, q_blocks] of q_size, or that place
     T* k;              // [k_blocks] of k_size
     float* logit;      // [G, rows] lse, as Grad<T> wants it
     float* rest;       // [G, rows] what it lacks, where that is known
@@ -126,18 +134,21 @@ template <class St> struct Backward {
     float* gate;       // [G, rows]
     QueryRanges seen;  // [rows], and per kGroup of them
   };
-  int64_t pair_bytes(int64_t q_blocks, int64_t k_blocks) const {
+  // Whether by_pairs packs queries just before each use: where that is the only one, nothing is to be said for packing all first.
+  static bool is_fresh(const Sequence& s) { return Block::kFresh || s.k_blocks <= kTogether; }
+  int64_t pair_bytes(int64_t q_blocks, int64_t k_blocks, bool fresh) const {
     const int64_t rows = q_blocks * kQueries;
-    return round_up((G * q_blocks * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 5 * G * rows * 4 +
+    return round_up(((fresh ? 1 : G * q_blocks) * q_size + k_blocks * k_size) * (int64_t)sizeof(T) + 5 * G * rows * 4 +
                     QueryRanges::floats(rows, kGroup) * 4, 4096);
   }
-  Pair pair_at(const Sequence* order, int64_t pair, char* base) const {
+  Pair pair_at(const Sequence* order, int64_t pair, bool one_pass, char* base) const {
     const Sequence& s = order[pair / p.kv_heads];
+    const bool fresh = one_pass && is_fresh(s);
     const int64_t rows = s.q_blocks * kQueries;
     T* q = (T*)base;
-    T* k = q + G * s.q_blocks * q_size;
+    T* k = q + (fresh ? 1 : G * s.q_blocks) * q_size;
     float* logit = (float*)(k + s.k_blocks * k_size);
-    Pair x{s, pair % p.kv_heads, rows, q, k, logit, logit + G * rows, logit + 2 * G * rows,
+    Pair x{s, pair % p.kv_heads, rows, fresh, q, k, logit, logit + G * rows, logit + 2 * G * rows,
            logit + 3 * G * rows, logit + 4 * G * rows, {}};
     x.seen.place((int32_t*)(x.gate + G * rows), rows, kGroup);
     return x;
@@ -145,18 +156,23 @@ template <class St> struct Backward {
 
   // ---- preparation
 
+  T* queries_at(const Pair& x, int64_t g, int64_t block) const { return x.q + (x.fresh ? 0 : g * x.s.q_blocks + block) * q_size; }
+  void pack_queries(const Pair& x, int64_t g, int64_t block) const {
+    const int64_t h = x.head * G + g, b = x.s.b, i0 = x.s.q + x.s.first + block * kQueries, count = queries(x.s, block);
+    T *q = queries_at(x, g, block), *q_rows = q + q_across, *o = q_rows + q_down, *o_rows = o + o_across;
+    const St* src = at<St>(p.q, p.q_stride, b, i0, h);
+    Mm::pack_b_t(src, p.q_stride[1], D, count, q_rows);  // first: it takes whole rows, which come from far away
+    Scores::pack_b(src, p.q_stride[1], count, D, (ST*)q);
+    clear_b<Scores>((ST*)q, count, D);
+    src = at<St>(p.dout, p.dout_stride, b, i0, h);
+    Mm::pack_b_t(src, p.dout_stride[1], Dv, count, o_rows);
+    Mm::pack_b(src, p.dout_stride[1], count, Dv, o);
+    clear_b<Mm>(o, count, Dv);
+  }
   void prepare_queries(const Pair& x, int64_t g, int64_t block) const {
     const int64_t h = x.head * G + g, b = x.s.b, i0 = x.s.first + block * kQueries, count = queries(x.s, block);
     if (g == 0) x.seen.fill(p, block * kQueries, count, i0 + x.s.n - x.s.S, x.s.n, kGroup);
-    T* q = x.q + (g * x.s.q_blocks + block) * q_size;
-    const St* src = at<St>(p.q, p.q_stride, b, x.s.q + i0, h);
-    Mm::pack_b(src, p.q_stride[1], count, D, q);
-    clear_b(q, count, D);
-    Mm::pack_b_t(src, p.q_stride[1], D, count, q + q_across);
-    src = at<St>(p.dout, p.dout_stride, b, x.s.q + i0, h);
-    Mm::pack_b(src, p.dout_stride[1], count, Dv, q + q_across + q_down);
-    clear_b(q + q_across + q_down, count, Dv);
-    Mm::pack_b_t(src, p.dout_stride[1], Dv, count, q + q_across + q_down + o_across);
+    pack_queries(x, g, block);
 
     const int64_t offset = g * x.rows + block * kQueries;
     float *logit = x.logit + offset, *rest = x.rest + offset, *dot = x.dot + offset, *dlse = x.dlse + offset, *gate = x.gate + offset;
@@ -165,8 +181,8 @@ template <class St> struct Backward {
       const Range seen = visible_keys(p, i0 + r + x.s.n - x.s.S, x.s.n);
       one_key[r] = -(seen.hi - seen.lo == 1);
     }
-    Block::dots(q + q_across + q_down, at<St>(p.out, p.out_stride, b, x.s.q + i0, h), p.out_stride[1], count, Dv,
-                one_key, dot);
+    const St *dout = at<St>(p.dout, p.dout_stride, b, x.s.q + i0, h), *out = at<St>(p.out, p.out_stride, b, x.s.q + i0, h);
+    Block::dots(queries_at(x, g, block) + q_across + q_down, dout, p.dout_stride[1], out, p.out_stride[1], count, Dv, one_key, dot);
     for (int64_t r = 0; r < round_up(count, kGroup); ++r) {
       const int64_t row = (x.s.row + i0 + r) * p.heads + h;
       const float lse = r < count ? p.lse[row] : -INFINITY;
@@ -194,9 +210,9 @@ template <class St> struct Backward {
     return Grad<T>(transform).exponent(sum, splat(lse), &slope)[0];
   }
   // Panels past `count` columns of a block's right operand, as far as its last group reaches: zeros.
-  void clear_b(T* packed, int64_t count, int64_t K) const {
-    const int64_t used = Mm::size_b(count, K);
-    memset((void*)(packed + used), 0, (Mm::size_b(round_up(count, kGroup), K) - used) * sizeof(T));
+  template <class M> static void clear_b(M::Type* packed, int64_t count, int64_t K) {
+    const int64_t used = M::size_b(count, K);
+    memset((void*)(packed + used), 0, (M::size_b(round_up(count, kGroup), K) - used) * sizeof(typename M::Type));
   }
   static float dot_row(const St* a, const St* b, int64_t n) {
     vf sum = zero();
@@ -208,7 +224,7 @@ template <class St> struct Backward {
     const int64_t b = x.s.b, h = x.head, j = x.s.k + x.s.start + block * kKeys, keys = least(kKeys, x.s.n - block * kKeys);
     T* k = x.k + block * k_size;
     const St* src = at<St>(p.k, p.k_stride, b, j, h);
-    Mm::pack_a(src, p.k_stride[1], keys, D, k);
+    Scores::pack_a(src, p.k_stride[1], keys, D, (ST*)k);
     Block::pack_key(src, p.k_stride[1], keys, D, k + k_down + v_down);
     Mm::pack_a(at<St>(p.v, p.v_stride, b, j, h), p.v_stride[1], keys, Dv, k + k_down);
   }
@@ -223,7 +239,7 @@ template <class St> struct Backward {
     o.D = D, o.Dv = Dv, o.ldk = ldk, o.ldv = ldv;
     o.first_key = kb * kKeys;
     o.ascending = ascending();
-    o.q_across = x.q + (g * x.s.q_blocks + qb) * q_size;
+    o.q_across = queries_at(x, g, qb);
     o.q_down = o.q_across + q_across;
     o.o_across = o.q_down + q_down;
     o.o_down = o.o_across + o_across;
@@ -293,7 +309,7 @@ template <class St> struct Backward {
     const int64_t j = step - x.s.k_blocks - 1;
     if (step < x.s.k_blocks) prepare_keys(x, step);
     else if (j < 0) write_blanks(x);
-    else if (j < G * x.s.q_blocks) prepare_queries(x, j / x.s.q_blocks, j % x.s.q_blocks);
+    else if (!x.fresh && j < G * x.s.q_blocks) prepare_queries(x, j / x.s.q_blocks, j % x.s.q_blocks);
   }
   // dK and dV of `count` neighbouring key blocks, and what they add to dQ. sums: [kTogether] of dK and dV.
   void key_blocks(const Pair& x, int64_t kb, int64_t count, Block& scratch, float* sums, float* dq, bool* dq_started) const {
@@ -310,6 +326,8 @@ template <class St> struct Backward {
       for (int64_t n = seen[0].lo; n < seen[count - 1].hi; ++n) {
         const int64_t qb = ascending() ? n : seen[0].lo + seen[count - 1].hi - 1 - n;
         const int64_t at_dq = g * x.s.q_blocks + qb;
+        if (x.fresh && key_blocks_seen(x.s, qb).lo >= kb) prepare_queries(x, g, qb);  // the first of its uses
+        else if (x.fresh) pack_queries(x, g, qb);
         for (int64_t u = 0; u < count; ++u)
           if (seen[u].lo <= qb && qb < seen[u].hi)
             block(x, g, qb, kb + u, scratch, dk[u], dv[u], dq ? dq + at_dq * dq_size : nullptr,
@@ -333,7 +351,7 @@ template <class St> struct Backward {
     Sizes m;
     for (int64_t i = 0; i < count; ++i) {
       m.q_blocks = most(m.q_blocks, order[i].q_blocks), m.k_blocks = most(m.k_blocks, order[i].k_blocks);
-      m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks));
+      m.bytes = most(m.bytes, pair_bytes(order[i].q_blocks, order[i].k_blocks, one_pass && is_fresh(order[i])));
     }
     if (one_pass) m.dq_blocks = G * m.q_blocks;
     m.local = round_up(Block::floats() + sum_size + m.dq_blocks * dq_size + m.dq_blocks * kGroups / 4 + 1, 1024);
@@ -347,7 +365,7 @@ template <class St> struct Backward {
     Scratch<char> packed(threads * m.bytes);
     Scratch<float> scratch(threads * m.local);
     parallel_for(p.threads, count * p.kv_heads, [&](int64_t item, int thread) {
-      const Pair x = pair_at(order, item, packed + thread * m.bytes);
+      const Pair x = pair_at(order, item, true, packed + thread * m.bytes);
       float* base = scratch + thread * m.local;
       Block block(base);
       float *sums = base + Block::floats(), *dq = sums + sum_size;
@@ -372,11 +390,11 @@ template <class St> struct Backward {
     for (int64_t done = 0; done < pairs; done += wave) {
       const int64_t here = least(wave, pairs - done), steps = m.k_blocks + 1 + most_q;
       parallel_for(p.threads, here * steps, [&](int64_t item, int) {
-        prepare(pair_at(order, done + item / steps, packed + item / steps * m.bytes), item % steps);
+        prepare(pair_at(order, done + item / steps, false, packed + item / steps * m.bytes), item % steps);
       });
       // Under a causal mask the first key blocks and the last query blocks are the heavy ones: those first.
       parallel_for(p.threads, here * (m.k_blocks + most_q), [&](int64_t item, int thread) {
-        const Pair x = pair_at(order, done + item % here, packed + item % here * m.bytes);
+        const Pair x = pair_at(order, done + item % here, false, packed + item % here * m.bytes);
         float* base = scratch + thread * m.local;
         Block block(base);
         float *sums = base + Block::floats(), *dq = sums + sum_size;

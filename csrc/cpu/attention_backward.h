@@ -62,7 +62,7 @@ template <class T> struct BlockOperands {
 // p and dS of W scores. Float takes e^(scale s - lse), whose argument is rounded once and is small where p is not; the
 // two roundings of 2^(c s - log2(e) lse) cost 2 ulp more at |lse| = 4, which bf16 does not notice.
 template <class T> struct Grad {
-  static constexpr bool natural = sizeof(T) == 4;
+  static constexpr bool natural = sizeof(T) != 2;
   const Transform& f;
   vf c;
   explicit Grad(const Transform& transform) : f(transform), c(splat(natural ? transform.factor : transform.c)) {}
@@ -120,6 +120,9 @@ template <> struct GradBlock<float> {
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kLdq = kQueries + 16;  // rows of scores in different cache sets
 
+  using Scores = Mm;  // of K Q^T
+  static constexpr int64_t kTogether = 2;  // key blocks a query block passes over while it is in L2
+  static constexpr bool kFresh = false;  // whether queries are packed at each use
   static int64_t key_size(int64_t D) { return Mm::size_b(D, kKeys); }
   static int64_t dq_size(int64_t D) { return kQueries * round_up(D, Mm::NR); }
   static int64_t floats() { return (kPanel + kKeys) * kLdq; }
@@ -132,7 +135,8 @@ template <> struct GradBlock<float> {
   // rounding would show. A row that sees one key has O = V: there (one_key is -1) it is summed as the product
   // V dO^T is, and dP - dot is exactly 0.
   template <class S>
-  static void dots(const float* dout, const S* out, int64_t stride, int64_t rows, int64_t Dv, const int32_t* one_key, float* dot) {
+  static void dots(const float* dout, const S*, int64_t, const S* out, int64_t stride, int64_t rows, int64_t Dv,
+                   const int32_t* one_key, float* dot) {
     alignas(64) float across[Mm::NR * 256];
     for (int64_t r = 0; r < rows; r += Mm::NR, dout += Mm::NR * Dv) {
       Mm::pack_b(out + r * stride, stride, least(Mm::NR, rows - r), Dv, across);
@@ -228,12 +232,26 @@ template <> struct GradBlock<float> {
 // ------------------------------------------------------------------------------------------------ bf16 on AMX
 
 #if defined(__AMX_BF16__)
+// dQ^T of a group, [Dp][32] with columns in the order of `unpack`, as rows [32][256].
+inline void turn_group(const float* dq, int64_t Dp, float* rows) {
+  for (int64_t d = 0; d < Dp; d += 16)
+    for (int64_t u = 0; u < 2; ++u) {
+      vi v[16];
+      for (int64_t i = 0; i < 16; ++i) memcpy(&v[i], dq + (d + i) * 32 + u * 16, 64);
+      transpose(v);
+      for (int64_t c = 0; c < 16; ++c) memcpy(rows + (c / 4 * 8 + c % 4 + u * 4) * 256 + d, &v[c], 64);
+    }
+}
+
 template <> struct GradBlock<bf16> {
   using Mm = Gemm<bf16>;
   static constexpr int64_t kQueries = 256, kKeys = 256, kGroup = 32, kPanel = 32;
   static constexpr int64_t kLdq = kQueries + 16;
   static constexpr int64_t kStep = kPanel * 32;  // elements of a panel's step of 32 along k
 
+  using Scores = Mm;  // of K Q^T
+  static constexpr int64_t kTogether = 2;  // key blocks a query block passes over while it is in L2
+  static constexpr bool kFresh = false;  // whether queries are packed at each use
   static int64_t key_size(int64_t D) { return Mm::size_a(D, kKeys); }
   static int64_t dq_size(int64_t D) { return kQueries * round_up(D, 32); }  // [queries / 32][D][32]: dQ^T by groups
   static int64_t floats() { return 2 * kPanel * kLdq + 2 * kPanel * kQueries / 2 + kKeys * kQueries / 2 + 32 * 256; }
@@ -254,7 +272,8 @@ template <> struct GradBlock<bf16> {
 
   // <dO_i, O_i>: the diagonal of the product, in the product's order, so that one visible key cancels as in GradBlock<float>.
   template <class S>
-  static void dots(const bf16* dout, const S* out, int64_t stride, int64_t rows, int64_t Dv, const int32_t*, float* dot) {
+  static void dots(const bf16* dout, const S*, int64_t, const S* out, int64_t stride, int64_t rows, int64_t Dv, const int32_t*,
+                   float* dot) {
     alignas(64) bf16 down[Mm::MR * 256];
     alignas(64) float product[Mm::MR * Mm::NR];
     for (int64_t r = 0; r < rows; r += Mm::MR, dout += Mm::NR * Mm::padded_k(Dv)) {
@@ -267,14 +286,7 @@ template <> struct GradBlock<bf16> {
   // Row r of dQ; asked for in ascending order, a group is turned around at its first row.
   const float* dq_row(const float* dq, int64_t r, int64_t D) {
     const int64_t Dp = round_up(D, 32);
-    if (r % 32 == 0)
-      for (int64_t d = 0; d < Dp; d += 16)
-        for (int64_t u = 0; u < 2; ++u) {
-          vi v[16];
-          for (int64_t i = 0; i < 16; ++i) memcpy(&v[i], dq + r * Dp + (d + i) * 32 + u * 16, 64);
-          transpose(v);
-          for (int64_t c = 0; c < 16; ++c) memcpy(rows + (c / 4 * 8 + c % 4 + u * 4) * 256 + d, &v[c], 64);
-        }
+    if (r % 32 == 0) turn_group(dq + r * Dp, Dp, rows);
     return rows + r % 32 * 256;
   }
 

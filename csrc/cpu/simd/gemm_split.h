@@ -27,6 +27,7 @@ template <> struct Gemm<bf16x3> {
   static constexpr int MR = 32, NR = 32, KU = 32;
   static constexpr int KB = 384;
   static constexpr int kTile = 512; // bf16 of one tile, 1 KiB
+  static constexpr int kFar = 16;  // rows
   static constexpr int kPart = 2 * kTile, kStep = 3 * kPart;
 
   static int64_t padded_k(int64_t K) { return round_up(K, KU); }
@@ -78,8 +79,12 @@ template <> struct Gemm<bf16x3> {
   }
   template <class S> static void pack_b_t(const S* src, int64_t stride, int64_t N, int64_t K, bf16x3* to) {
     const int64_t Kp = padded_k(K);
-    for (int64_t k = 0; k < Kp; k += 2)  // whole rows at a time: they come from far away
+    for (int64_t k = 0; k < Kp; k += 2)  // whole rows at a time, the next ones fetched meanwhile: they come from far away
       for (int64_t n = 0; n < round_up(N, NR); n += 16) {
+        if (k + kFar + 1 < K && n < N) {
+          __builtin_prefetch(src + (k + kFar) * stride + n, 0, 2);
+          __builtin_prefetch(src + (k + kFar + 1) * stride + n, 0, 2);
+        }
         const Parts x = pairs(src, stride, k, K, n, N);
         bf16* dst = (bf16*)(to + n / NR * (NR * Kp) + k / KU * KU * NR) + n % NR / 16 * kTile + k % KU * 16;
         for (int p = 0; p < 3; ++p) _mm512_storeu_si512(dst + p * kPart, x.part[p]);
@@ -87,28 +92,34 @@ template <> struct Gemm<bf16x3> {
   }
 
   static void gemm(int64_t M, int64_t N, int64_t K, const bf16x3* A, const bf16x3* B, float* C, int64_t ldc, bool accumulate) {
+    gemm_panels(M, N, K, A, MR * padded_k(K), B, NR * padded_k(K), C, ldc, accumulate);
+  }
+  // Direction -1: the sum runs over the steps of 32 from the last one down, K <= KB. kFetch: A comes from beyond L2.
+  template <int Direction = 1, bool kFetch = true>
+  static void gemm_panels(int64_t M, int64_t N, int64_t K, const bf16x3* A, int64_t a_panel, const bf16x3* B, int64_t b_panel,
+                          float* C, int64_t ldc, bool accumulate) {
     if (K == 0 && !accumulate) {
       for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
       return;
     }
     const int64_t Kp = padded_k(K);
-    const int64_t panels = (N + NR - 1) / NR, per_step = (96 + panels - 1) / panels;  // lines of the next A panel to fetch
+    const int64_t panels = (N + NR - 1) / NR, per_step = kFetch ? (96 + panels - 1) / panels : 0;  // lines of the next A panel
     for (int64_t k = 0; k < Kp; k += KB) {
-      const int64_t steps = least(KB, Kp - k) / KU;
+      const int64_t steps = least(KB, Kp - k) / KU, first = Direction < 0 ? (steps - 1) * KU : k;
       const bool add = accumulate || k > 0;
       for (int64_t m = 0; m < M; m += MR) {
-        const bf16x3* a = A + m * Kp + k * MR;
+        const bf16x3* a = A + m / MR * a_panel + first * MR;
         const int rows = (int)least(MR, M - m);
-        const bf16* ahead = (const bf16*)(m + MR < M ? a + MR * Kp : A + (k + KB) * MR);
+        const bf16* ahead = (const bf16*)(m + MR < M ? a + a_panel : A + (k + KB) * MR);
         for (int64_t n = 0; n < N; n += NR, ahead += per_step * steps * 32) {
-          const bf16x3* b = B + n * Kp + k * NR;
+          const bf16x3* b = B + n / NR * b_panel + first * NR;
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (!add && rows == MR && cols == NR) {
-            tiles(steps, (const bf16*)a, (const bf16*)b, c, ldc, ahead, (int)per_step);
+            tiles<Direction>(steps, (const bf16*)a, (const bf16*)b, c, ldc, ahead, (int)per_step);
           } else {
             alignas(64) float sums[MR * NR];
-            tiles(steps, (const bf16*)a, (const bf16*)b, sums, NR, ahead, (int)per_step);
+            tiles<Direction>(steps, (const bf16*)a, (const bf16*)b, sums, NR, ahead, (int)per_step);
             if (rows == MR && cols == NR) join(MR, NR, sums, c, ldc, true);
             else join(rows, cols, sums, c, ldc, add);
           }
@@ -117,35 +128,42 @@ template <> struct Gemm<bf16x3> {
     }
   }
 
- private:
   struct Parts {
     __m512i part[3];  // 32 bf16 each
   };
-  static vf rounded(vf x) {  // to the nearest bf16; NaN is left to the parts behind it
-    const vu u = (vu)x;
-    return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
-  }
-  // Of 32 neighbours in k: x[0 .. 15] and x[16 .. 31] one after the other.
-  template <class S> static Parts split(const S* p, int n) {
-    vf low = n >= 16 ? load(p) : load_n(p, n), high = n >= 32 ? load(p + 16) : n > 16 ? load_n(p + 16, n - 16) : zero();
+  // Of 32 neighbours in k: those in low and then those in high.
+  __attribute__((always_inline)) static Parts split(vf low, vf high) {
     Parts out;
     for (int i = 0; i < 3; ++i) {
       out.part[i] = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      if (i == 2) break;
       low -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(out.part[i])), 16);
       high -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(out.part[i], 1)), 16);
     }
     return out;
+  }
+  // Columns k to k + 31 of one row of an A panel lie at panel + k * MR bf16x3, the row's part of that at row % MR * 32 bf16.
+  __attribute__((always_inline)) static void store_a(bf16* to, const Parts& x) {
+    for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * kPart, x.part[p]);
+  }
+
+ private:
+  template <class S> static Parts split(const S* p, int n) {
+    return split(n >= 16 ? load(p) : load_n(p, n), n >= 32 ? load(p + 16) : n > 16 ? load_n(p + 16, n - 16) : zero());
   }
   // Of 16 neighbours c of rows k and k + 1, interleaved: lane = (src[k][c], src[k + 1][c]).
   template <class S> static Parts pairs(const S* src, int64_t stride, int64_t k, int64_t K, int64_t c, int64_t C) {
     const int n = (int)least(16, C - c);
     vf even = k < K ? load_n(src + k * stride + c, n) : zero(), odd = k + 1 < K ? load_n(src + (k + 1) * stride + c, n) : zero();
     Parts out;
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                                           3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < 3; ++i) {
-      const vf e = rounded(even), o = rounded(odd);
-      out.part[i] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)e, 16), (__m512i)o);
-      even -= e;
-      odd -= o;
+      const __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+      out.part[i] = both;
+      if (i == 2) break;
+      even -= (vf)_mm512_slli_epi32(both, 16);
+      odd -= (vf)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
     }
     return out;
   }
@@ -176,6 +194,7 @@ template <> struct Gemm<bf16x3> {
     _tile_dpbf16ps(3, 5, 7);
   }
 
+  template <int Direction>
   static void tiles(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, const bf16* ahead, int per_step) {
     tile_fence();
     const int64_t bytes = ldc * 4;
@@ -184,7 +203,7 @@ template <> struct Gemm<bf16x3> {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (; steps; --steps, a += kStep, b += kStep) {
+    for (; steps; --steps, a += Direction * kStep, b += Direction * kStep) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
       const bf16 *a1 = a + kPart, *a2 = a1 + kPart, *b1 = b + kPart, *b2 = b1 + kPart;
       load_a(a), load_b(b2), multiply();
