@@ -9,8 +9,7 @@ The PyTorch forms: plain matmuls with a softmax, the same compiled, SDPA with th
 enable_gqa, and with the heads folded into query rows (its values as cut, and as the whole latents whose result is then cut).
 Medians over repeats in which every contestant runs in turn, right after an untimed run of its own on another cache. The floor is
 the larger of two: bytes of the cache over the speed of a plain read loop, and 2 B H T (576 + 512) FLOPs over the faster of torch's
-and our own 2048^3 matrix product (in float32 on AMX also a sixth of the bf16 one's rate), all measured in the same run. Results go
-to bench/results/.
+and our own 2048^3 matrix product, all measured in the same run. Results go to bench/results/.
 """
 
 from __future__ import annotations
@@ -102,11 +101,7 @@ def contestants(B: int, H: int, T: int, dtype: torch.dtype, cold_bytes: int, fp8
 
 def products(dtype: torch.dtype) -> Runs:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
-    runs: Runs = {"gemm torch": lambda: a @ b.T, "gemm thinkernel": lambda: tk.linear(a, b)}
-    if dtype == torch.float32 and C.isa() == "amx":  # where a float32 product may be six of bf16 parts
-        x, y = a.bfloat16(), b.bfloat16()
-        runs |= {"gemm of parts": lambda: x @ y.T}
-    return runs
+    return {"gemm torch": lambda: a @ b.T, "gemm thinkernel": lambda: tk.linear(a, b)}
 
 
 def measure(shape: tuple[int, int, int], name: str, args: argparse.Namespace) -> dict[str, object]:
@@ -119,8 +114,7 @@ def measure(shape: tuple[int, int, int], name: str, args: argparse.Namespace) ->
     times = interleave(runs | products(dtype) | readers(cold, args.threads), args.repeats)
     middle = {who: statistics.median(found) for who, found in times.items()}
     bandwidth = max((cold / middle.pop(who) for who in list(middle) if who.startswith("read ")), default=29e9)
-    parts = {"gemm of parts": 6}
-    gemm = max(2 * GEMM_SIZE**3 / parts.get(who, 1) / middle.pop(who) for who in list(middle) if who.startswith("gemm "))
+    gemm = max(2 * GEMM_SIZE**3 / middle.pop(who) for who in list(middle) if who.startswith("gemm "))
     floors = {who: max((size * 656 / D / dtype.itemsize if "fp8" in who else size) / bandwidth, flops / gemm)
               for who in middle if who.startswith("thinkernel")}
     best = min((t, who) for who, t in middle.items() if not who.startswith("thinkernel"))
