@@ -43,6 +43,13 @@ class Rows(NamedTuple):
     stages: int
 
 
+class Parts(NamedTuple):
+    block: int  # scores a program looks at at a time
+    warps: int
+    part: int  # scores of one program
+    parts: int  # programs a row
+
+
 # Keys per split: decode works on splits in parallel, prefill walks them in order; both merge them the same way,
 # so the size is part of the result's bits and is not a tuning knob per architecture.
 KEY_SPLIT = 1024
@@ -291,6 +298,15 @@ def policy_block() -> int:
 def reward_block() -> int:
     """Samples of a group that group_advantages takes at a time."""
     return 4 if INTERPRET else 64
+
+
+def topk(rows: int, length: int) -> Parts:
+    """How top-k's rows are cut up: not at all where there are rows enough for the GPU. The result does not depend on it."""
+    block, enough, shortest = (256, 4, 512) if INTERPRET else (2048, 256, 16384)
+    parts = min(-(-length // shortest), max(1, enough // max(rows, 1)))
+    part = -(-length // (parts * block)) * block if parts > 1 else length
+    block = min(block, max(64, 1 << max(length - 1, 0).bit_length()))
+    return Parts(block, 8 if block >= 2048 else 4, part, -(-length // part) if parts > 1 else 1)
 
 
 def key_split() -> int:

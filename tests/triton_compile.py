@@ -27,6 +27,7 @@ from thinkernel.kernels import (
     grpo_policy,
     linear,
     mla,
+    topk,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -97,7 +98,9 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla):
+        for module in (
+            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, topk,
+        ):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -209,3 +212,9 @@ def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: b
     x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
     b, out = torch.empty(1024, dtype=dtype) if bias else None, torch.empty(rows, 1024, dtype=dtype)
     return lambda: linear.linear(x, w.t() if transposed else w, b, out)
+
+
+def topk_call(dtype: torch.dtype, rows: int, length: int, lengths: bool = True) -> Callable[[], None]:
+    scores, counts = torch.empty(rows, length, dtype=dtype), torch.empty(rows, dtype=torch.int32) if lengths else None
+    values, indices = torch.empty(rows, 2048, dtype=dtype), torch.empty(rows, 2048, dtype=torch.int32)
+    return lambda: topk.select(scores, counts, values, indices)
