@@ -210,6 +210,40 @@ MLA_DECODE = {
     ("sm_100", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 1)},
 }
 
+# The indexer: n keys, m pairs (query, head) of at most 64. In "scores", "key" and "target" the keys are the product's rows, in "query"
+# and "lse" the pairs are. For index dims over 128 (and padded to a power of two) n is halved. "target" and "lse" are of the attention
+# that the indexer's loss follows, whose head dim is walked through TARGET_DEPTH columns at a time.
+INDEXER = {
+    ("sm_80", "half"): {
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
+        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+    },
+    ("sm_90", "half"): {
+        "scores": Tile(64, 256, 8, 3), "query": Tile(64, 64, 4, 3), "key": Tile(64, 128, 8, 2),
+        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+    },
+    ("sm_100", "half"): {
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
+        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+    },
+    ("sm_80", "float"): {
+        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+    },
+    ("sm_90", "float"): {
+        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+    },
+    ("sm_100", "float"): {
+        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+    },
+}
+TARGET_DEPTH = {"half": 64, "float": 32}
+
+# Bytes of scores (and of what else a query has for each key) that the indexer's functions hold at a time: see their docstrings.
+INDEXER_WORKSPACE = 128 * 1024 * 1024
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
@@ -307,6 +341,18 @@ def topk(rows: int, length: int) -> Parts:
     part = -(-length // (parts * block)) * block if parts > 1 else length
     block = min(block, max(64, 1 << max(length - 1, 0).bit_length()))
     return Parts(block, 8 if block >= 2048 else 4, part, -(-length // part) if parts > 1 else 1)
+
+
+def indexer(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int) -> Tile:
+    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel."""
+    if INTERPRET:
+        return Tile(16, 32, 1, 1)
+    found = INDEXER[architecture(device), kind(dtype)][kernel]
+    return found._replace(n=found.n // 2) if padded_d > 128 else found
+
+
+def workspace() -> int:
+    return 1 << 15 if INTERPRET else INDEXER_WORKSPACE
 
 
 def key_split() -> int:

@@ -142,7 +142,8 @@ def _row_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, T, k, stride_r
     row = tl.program_id(0).to(tl.int64)
     length = _length(lengths_ptr, row, T, LENGTHS)
     row_ptr = scores_ptr + row * stride_row
-    values_ptr += row * k
+    if VALUES:
+        values_ptr += row * k
     indices_ptr += row * k
     kept = tl.minimum(k, length)
     threshold = 0
@@ -200,7 +201,8 @@ def _part_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, before_ptr, c
         counts = _count(row_ptr, first, last, threshold, DIGIT, INF, DIGITS, BLOCK)
         tl.store(counts_ptr + at * 256 + value, counts)
     else:
-        values_ptr += row * k
+        if VALUES:
+            values_ptr += row * k
         indices_ptr += row * k
         _take(row_ptr, first, last, threshold, need, n_above, n_equal, values_ptr, indices_ptr, INF, VALUES, BLOCK)
         if mine == 0:

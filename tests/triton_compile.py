@@ -25,6 +25,7 @@ from thinkernel.kernels import (
     grpo_advantages,
     grpo_logits,
     grpo_policy,
+    indexer,
     linear,
     mla,
     topk,
@@ -99,7 +100,8 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
         for module in (
-            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, topk,
+            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, linear, mla,
+            topk,
         ):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
@@ -218,3 +220,34 @@ def topk_call(dtype: torch.dtype, rows: int, length: int, lengths: bool = True) 
     scores, counts = torch.empty(rows, length, dtype=dtype), torch.empty(rows, dtype=torch.int32) if lengths else None
     values, indices = torch.empty(rows, 2048, dtype=dtype), torch.empty(rows, 2048, dtype=torch.int32)
     return lambda: topk.select(scores, counts, values, indices)
+
+
+def index_inputs(dtype: torch.dtype, B: int = 2, S: int = 512, T: int = 4096, Hi: int = 64, Di: int = 128) -> tuple[torch.Tensor, ...]:
+    return torch.empty(B, S, Hi, Di, dtype=dtype), torch.empty(B, T, Di, dtype=dtype), torch.empty(B, S, Hi)
+
+
+def indexer_scores_call(dtype: torch.dtype, causal: bool = True, **sizes: int) -> Callable[[], None]:
+    """Forward, then backward."""
+    q, k, w = index_inputs(dtype, **sizes)
+    out, dk = torch.empty(*q.shape[:2], k.shape[1]), torch.empty(k.shape)
+
+    def call() -> None:
+        indexer.indexer_scores(q, k, w, out, causal=causal)
+        indexer.indexer_scores_backward(q, k, w, out, torch.empty_like(q), dk, torch.empty_like(w), causal=causal)
+
+    return call
+
+
+def indexer_topk_call(dtype: torch.dtype, paged: bool = False, packed: bool = False, fp8: bool = False, **sizes: int) -> Callable[[], None]:
+    q, k, w = index_inputs(dtype, **sizes)
+    k, scale = (k.to(torch.float8_e4m3fn), torch.empty(k.shape[:-1])) if fp8 else (k, None)
+    more: dict[str, torch.Tensor | None] = dict(k_scale=scale)
+    if paged:
+        k, scale = k.view(-1, 64, k.shape[-1]), None if scale is None else scale.view(-1, 64)
+        more = dict(k_scale=scale, seqlens=torch.zeros(2, dtype=torch.int32), block_table=torch.zeros(2, 64, dtype=torch.int32))
+    if packed:
+        q, k, w, scale = q.flatten(0, 1), k.flatten(0, 1), w.flatten(0, 1), None if scale is None else scale.flatten()
+        cu = torch.tensor([0, 300, len(q)], dtype=torch.int32)
+        more = dict(k_scale=scale, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    indices = torch.empty(*q.shape[:-2], 2048, dtype=torch.int32)
+    return lambda: indexer.indexer_topk(q, k, w, indices, causal=True, **more)

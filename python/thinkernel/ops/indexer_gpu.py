@@ -37,3 +37,77 @@ def topk(scores: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, Tensor
 
 def topk_backward(grads: Sequence[Tensor | None], scores: Tensor, k: int, lengths: Tensor | None) -> list[Tensor]:
     return scatter_topk_gradient(grads, scores, lambda: topk(scores, k, lengths)[1])
+
+
+# ---- the indexer -----------------------------------------------------------------------------------------------
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.int().contiguous()
+
+
+def _learnt(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and w as the kernels take them: contiguous, w in float32; k with contiguous rows."""
+    return q.contiguous(), rows_contiguous(k), w.float().contiguous()
+
+
+def _gradients(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dw, the last two in float32; kernels add to dk."""
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    return empty(tuple(q.shape), q), dk, empty(tuple(w.shape), w, torch.float32)
+
+
+def scores_covers(q: Tensor, k: Tensor, w: Tensor, causal: bool) -> str | None:
+    from thinkernel.kernels import indexer as kernels
+
+    if k.dtype != q.dtype:
+        return f"k: {k.dtype} is not q's {q.dtype}"
+    return kernels.covers(q, k, w)
+
+
+def scores(q: Tensor, k: Tensor, w: Tensor, causal: bool) -> Tensor:
+    """float32 [B, S, T]"""
+    from thinkernel.kernels import indexer as kernels
+
+    found = empty((*q.shape[:2], k.shape[1]), q, torch.float32)
+    kernels.indexer_scores(*_learnt(q, k, w), found, causal=causal)
+    return found
+
+
+def scores_backward(grads: Sequence[Tensor | None], q: Tensor, k: Tensor, w: Tensor, causal: bool) -> list[Tensor]:
+    """[dq, dk, dw]"""
+    from thinkernel.kernels import indexer as kernels
+
+    if grads[0] is None or grads[0].numel() == 0:
+        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, w)]
+    dq, dk, dw = _gradients(q, k, w)
+    kernels.indexer_scores_backward(*_learnt(q, k, w), grads[0].contiguous(), dq, dk, dw, causal=causal)
+    return [dq, dk.to(k.dtype), dw.to(w.dtype)]
+
+
+def indexer_covers(
+    q: Tensor, k: Tensor, w: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, seqlens: Tensor | None, block_table: Tensor | None,
+    k_scale: Tensor | None, top_k: int, causal: bool,
+) -> str | None:
+    from thinkernel.kernels import indexer as kernels
+
+    if k_scale is not None and k_scale.dtype == torch.float64:
+        return "k_scale: scores are scaled in float32, not float64"
+    return kernels.covers(q, k, w)
+
+
+def indexer_topk(
+    q: Tensor, k: Tensor, w: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, seqlens: Tensor | None, block_table: Tensor | None,
+    k_scale: Tensor | None, top_k: int, causal: bool,
+) -> Tensor:
+    """indices int32 [B, S, top_k]"""
+    from thinkernel.kernels import indexer as kernels
+
+    indices = empty((*q.shape[:-2], top_k), q, torch.int32)
+    if indices.numel():
+        cu_q = _int32(cu_q)
+        kernels.indexer_topk(
+            *_learnt(q, k, w), indices, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_q if cu_k is None else _int32(cu_k),
+            seqlens=_int32(seqlens), block_table=_int32(block_table), k_scale=None if k_scale is None else k_scale.float(),
+        )
+    return indices
