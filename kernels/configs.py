@@ -351,7 +351,22 @@ def indexer(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int
     return found._replace(n=found.n // 2) if padded_d > 128 else found
 
 
+def target_depth(dtype: torch.dtype) -> int:
+    return 32 if INTERPRET else TARGET_DEPTH[kind(dtype)]
+
+
+def loss_block() -> int:
+    """Keys of a row that the indexer's loss takes at a time: part of the result's bits."""
+    return 64 if INTERPRET else 1024
+
+
+def collect_block() -> int:
+    """Keys of one program that adds up what rows give to dk."""
+    return 32
+
+
 def workspace() -> int:
+    """Bytes that the indexer's functions hold beside their results."""
     return 1 << 15 if INTERPRET else INDEXER_WORKSPACE
 
 

@@ -26,6 +26,7 @@ from thinkernel.kernels import (
     grpo_logits,
     grpo_policy,
     indexer,
+    indexer_loss,
     linear,
     mla,
     topk,
@@ -100,8 +101,8 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
         for module in (
-            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, linear, mla,
-            topk,
+            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss,
+            linear, mla, topk,
         ):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
@@ -251,3 +252,21 @@ def indexer_topk_call(dtype: torch.dtype, paged: bool = False, packed: bool = Fa
         more = dict(k_scale=scale, cu_seqlens_q=cu, cu_seqlens_k=cu)
     indices = torch.empty(*q.shape[:-2], 2048, dtype=torch.int32)
     return lambda: indexer.indexer_topk(q, k, w, indices, causal=True, **more)
+
+
+def indexer_loss_call(dtype: torch.dtype, sparse: bool = False, lse: bool = False, H: int = 128, Hkv: int = 1, D: int = 576,
+                      **sizes: int) -> Callable[[], None]:
+    """Forward, then backward."""
+    q, k, w = index_inputs(dtype, **sizes)
+    rows, S, T = q.shape[0] * q.shape[1], q.shape[1], k.shape[1]
+    target_q, target_k = torch.empty(rows, H, D, dtype=dtype), torch.empty(q.shape[0], T, Hkv, D, dtype=dtype)
+    indices = torch.empty(rows, 2048, dtype=torch.int32) if sparse else None
+    loss, kept, dk = torch.empty(rows), torch.empty(rows, 2048 if sparse else 3 + 2 * H), torch.empty(k.shape)
+    flat_q, flat_w = q.flatten(0, 1), w.flatten(0, 1)
+
+    def call() -> None:
+        target = indexer_loss.Target(target_q, target_k, S, indices, 0.1)
+        indexer_loss.indexer_loss(flat_q, k, flat_w, target, torch.empty(rows, H) if lse else None, loss, kept)
+        indexer_loss.indexer_loss_backward(flat_q, k, flat_w, target, kept, loss, torch.empty_like(flat_q), dk, torch.empty_like(flat_w))
+
+    return call

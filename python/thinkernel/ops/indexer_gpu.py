@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,3 +112,64 @@ def indexer_topk(
             seqlens=_int32(seqlens), block_table=_int32(block_table), k_scale=None if k_scale is None else k_scale.float(),
         )
     return indices
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------
+
+
+def loss_covers(
+    q: Tensor, k: Tensor, w: Tensor, target_q: Tensor, target_kv: Tensor, indices: Tensor | None, scale: float,
+    target_lse: Tensor | None, reduction: str,
+) -> str | None:  # fmt: skip
+    from thinkernel.kernels import indexer_loss as kernels
+
+    return scores_covers(q, k, w, True) or kernels.covers(target_q, target_kv)
+
+
+def _target(S: int, target_q: Tensor, target_kv: Tensor, indices: Tensor | None, scale: float) -> Any:
+    from thinkernel.kernels import indexer_loss as kernels
+
+    target_kv = target_kv[:, :, None] if target_kv.dim() == 3 else target_kv  # [B, T, Hkv, D]
+    indices = None if indices is None else indices.flatten(0, 1).int().contiguous()
+    return kernels.Target(target_q.contiguous().flatten(0, 1), rows_contiguous(target_kv), S, indices, scale)
+
+
+def loss(
+    q: Tensor, k: Tensor, w: Tensor, target_q: Tensor, target_kv: Tensor, indices: Tensor | None, scale: float,
+    target_lse: Tensor | None, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss ([B, S] or a number), and what backward needs."""
+    from thinkernel.kernels import indexer_loss as kernels
+
+    (B, S), H = q.shape[:2], target_q.shape[2]
+    last = 3 + 2 * H if indices is None else indices.shape[2]
+    found, kept = empty((B, S), q, torch.float32), empty((B, S, last), q, torch.float32)
+    if kept.numel() and k.shape[1]:
+        q, k, w = _learnt(q, k, w)
+        lse = None if target_lse is None else target_lse.float().reshape(B * S, H).contiguous()
+        target = _target(S, target_q, target_kv, indices, scale)
+        kernels.indexer_loss(q.flatten(0, 1), k, w.flatten(0, 1), target, lse, found.view(B * S), kept.view(B * S, last))
+    else:
+        found.zero_(), kept.zero_()
+    if reduction == "none":
+        return found, kept
+    total = found.double().sum()
+    return (total / found.numel() if reduction == "mean" else total).float(), kept
+
+
+def loss_backward(dloss: Tensor, kept: Tensor, q: Tensor, k: Tensor, w: Tensor, *args: Any) -> list[Tensor]:
+    """[dq, dk, dw]"""
+    from thinkernel.kernels import indexer_loss as kernels
+
+    target_q, target_kv, indices, scale, _, reduction = args
+    if kept.numel() == 0 or k.shape[1] == 0:
+        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, w)]
+    B, S = q.shape[:2]
+    dloss = (dloss / (B * S) if reduction == "mean" else dloss).float().expand(B, S).contiguous()
+    dq, dk, dw = _gradients(q, k, w)
+    flat, keys, weights = _learnt(q, k, w)
+    kernels.indexer_loss_backward(
+        flat.flatten(0, 1), keys, weights.flatten(0, 1), _target(S, target_q, target_kv, indices, scale),
+        kept.contiguous().flatten(0, 1), dloss.view(B * S), dq.flatten(0, 1), dk, dw.flatten(0, 1),
+    )
+    return [dq, dk.to(k.dtype), dw.to(w.dtype)]

@@ -180,6 +180,8 @@ indexer_loss_backward_op.kernel("cpu", lambda dloss, kept, *args: indexer_cpu.lo
 sparse_attention_op.kernel("cpu", backends.attention_covers)(backends.cpu_attention)
 sparse_attention_backward_op.kernel("cpu", backends.attention_backward_covers)(backends.cpu_attention_backward)
 topk_op.kernel("triton", indexer_gpu.topk_covers)(indexer_gpu.topk)
+indexer_loss_op.kernel("triton", indexer_gpu.loss_covers)(indexer_gpu.loss)
+indexer_loss_backward_op.kernel("triton", lambda dloss, kept, *args: indexer_gpu.loss_covers(*args))(indexer_gpu.loss_backward)
 indexer_topk_op.kernel("triton", indexer_gpu.indexer_covers)(indexer_gpu.indexer_topk)
 indexer_scores_op.kernel("triton", indexer_gpu.scores_covers)(indexer_gpu.scores)
 OPS["indexer_scores_backward"].kernel("triton", lambda grads, *args: indexer_gpu.scores_covers(*args))(indexer_gpu.scores_backward)
