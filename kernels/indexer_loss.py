@@ -3,14 +3,17 @@
 Shapes: B batch, S queries and T keys of a sequence, R = B·S rows; Hi index heads, Di index dim; of the attention that is followed
 H heads, Hkv key heads, G = H / Hkv, D head dim; K slots of a row. N is T, or K with SLOTS: key n is the one that slot n names.
 
-    a[t, s] = Σ_h exp(scale·q_h·k_s − lse_h),  p = a / Σ_s a,  L[t] = Σ_s p·log p − p·(I − log Σ_s exp I)      (DeepSeek-V3.2-Exp)
+    m[t, s] = Σ_h a_h·exp(scale·q_h·k_s − x_h) with a_h·exp(−x_h) = exp(−lse_h),  p = m / Σ_s m,
+    L[t] = Σ_s p·log p − p·(I − log Σ_s exp I)      (DeepSeek-V3.2-Exp)
     dI = dL·(softmax(I) − p), and on to q, k and w of the indexer as in indexer.py
 
-Scores and masses of all rows over K slots are [R, K]. Over all keys they are made for as many rows as fit configs.workspace() bytes
+x is the largest score, not lse: the exponentials then have no error of lse's rounding. Scores I and masses m of all rows over K slots are [R, K]. Over all keys they are made for as many rows as fit configs.workspace() bytes
 (at least 64), and made again in the backward. dk over slots: each row writes what it gives to each of its keys, and where; then each
 key adds up its rows in order. That, too, for as many rows as fit the workspace.
 """
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, indexer
-from .attention_tiles import load_rows, power
+from .attention_tiles import load_rows
 from .indexer import add_product, block_dim, chunks, columns, head_block, slot_keys
 from .primitives import dot, launch
 
@@ -54,10 +57,10 @@ def _tile(tile, first_row, last_row, S, QUERIES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "S", "T", "slots"])
-def _target_lse_kernel(q_ptr, k_ptr, shift_ptr, indices_ptr, first_row, last_row, S, T, slots, stride_kb, stride_ks, stride_kh, scale,
-                       H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                       HB: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr):
-    """One program: log Σ_s exp(scale·q·k) of M / HB rows, HB heads of one key head -> shift [R, H], 0 where a row sees nothing."""
+def _target_lse_kernel(q_ptr, k_ptr, shift_ptr, indices_ptr, first_row, last_row, S, T, slots, stride_kb, stride_ks, stride_kh,
+                       stride_shift, scale, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, M: tl.constexpr,
+                       N: tl.constexpr, HB: tl.constexpr, SLOTS: tl.constexpr):
+    """One program: x, a of M / HB rows, HB heads of one key head -> shift [R, H, 2], 0 where a row sees nothing."""
     G: tl.constexpr = H // HKV
     BLOCKS: tl.constexpr = (G + HB - 1) // HB
     b, r, r_stop = _tile(tl.program_id(0) // (HKV * BLOCKS), first_row, last_row, S, 1 if SLOTS else M // HB)
@@ -84,18 +87,20 @@ def _target_lse_kernel(q_ptr, k_ptr, shift_ptr, indices_ptr, first_row, last_row
         s = tl.where(seen, z * scale, float("-inf"))
         above = tl.maximum(peak, tl.max(s, 1))
         base = tl.where(above == float("-inf"), 0.0, above)
-        total = total * power(peak - base, EXACT) + tl.sum(power(s - base[:, None], EXACT), 1)
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(s - base[:, None]), 1)
         peak = above
-    lse = peak + (tl.log(total) if EXACT else tl.log2(total))
-    tl.store(shift_ptr + pair, tl.where(peak == float("-inf"), 0.0, lse if EXACT else lse * 0.6931471805599453), mask=live)
+    at = shift_ptr + row.to(tl.int64) * stride_shift + (kv_head * G + head) * 2
+    nothing = peak == float("-inf")
+    tl.store(at, tl.where(nothing, 0.0, peak), mask=live)
+    tl.store(at + 1, tl.where(nothing, 0.0, 1.0 / total), mask=live)
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "S", "T", "slots"])
 def _target_kernel(q_ptr, k_ptr, shift_ptr, mass_ptr, indices_ptr, first_row, last_row, S, T, slots,
-                   stride_kb, stride_ks, stride_kh, stride_mass, scale,
+                   stride_kb, stride_ks, stride_kh, stride_shift, stride_mass, scale,
                    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
-                   HB: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr):
-    """One program: a[t, n] of QUERIES rows of one sequence and KEYS keys -> mass [rows from first_row, N]."""
+                   HB: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr):
+    """One program: m[t, n] of QUERIES rows of one sequence and KEYS keys -> mass [rows from first_row, N]."""
     G: tl.constexpr = H // HKV
     QB: tl.constexpr = COLUMNS // HB
     width = T
@@ -118,22 +123,23 @@ def _target_kernel(q_ptr, k_ptr, shift_ptr, mass_ptr, indices_ptr, first_row, la
             for block in tl.static_range((G + HB - 1) // HB):
                 row, head, live = columns(r, block, r_last, G, COLUMNS, HB)
                 pair = row.to(tl.int64) * H + kv_head * G + head
-                shift = tl.load(shift_ptr + pair, mask=live, other=0.0)
+                shift_at = shift_ptr + row.to(tl.int64) * stride_shift + (kv_head * G + head) * 2
+                x = tl.load(shift_at, mask=live, other=0.0)
+                a = tl.load(shift_at + 1, mask=live, other=0.0)
                 z = _product(tl.zeros([KEYS, COLUMNS], tl.float32), k_at + tl.cast(kv_head, tl.int64) * stride_kh, there,
                              q_ptr + pair * D, live, D, DEPTH)
-                # Half types: in units of log2 e, which the multiplication by the scale and the shift carry.
-                a = power(z * scale - (shift if EXACT else shift * 1.4426950408889634)[None, :], EXACT)
-                a = tl.where(live[None, :], a, 0.0)
-                acc += tl.sum(tl.reshape(a, (KEYS, QB, HB)), 2)
+                mass = a[None, :] * tl.exp(z * scale - x[None, :])
+                acc += tl.sum(tl.reshape(mass, (KEYS, QB, HB)), 2)
         row = r + tl.arange(0, QB)
         tl.store(mass_ptr + (row - first_row).to(tl.int64)[None, :] * stride_mass + n[:, None], tl.where(there[:, None], acc, 0.0),
                  mask=(n < width)[:, None] & (row < r_last)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_row", "S", "T", "slots"])
-def _finish_kernel(scores_ptr, mass_ptr, indices_ptr, loss_ptr, lse_ptr, total_ptr, first_row, S, T, slots, stride_scores, stride_mass,
-                   stride_lse, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one row; loss [R], and over all keys log Σ exp I and Σ a, over slots softmax(I) − p in the place of I."""
+def _finish_kernel(scores_ptr, mass_ptr, indices_ptr, loss_ptr, kept_ptr, first_row, S, T, slots, stride_scores, stride_mass,
+                   stride_kept, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row; loss [R], and over all keys x, a with softmax(I) = a·exp(I − x) and Σ m -> kept [R, …], over slots
+    softmax(I) − p in the place of I."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
     scores_ptr += local * stride_scores
@@ -157,7 +163,8 @@ def _finish_kernel(scores_ptr, mass_ptr, indices_ptr, loss_ptr, lse_ptr, total_p
         masses += tl.load(mass_ptr + n, mask=seen, other=0.0)
     top = tl.max(peak, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    lse = top + tl.log(tl.sum(sums * tl.exp(peak - top), 0))
+    weights = tl.sum(sums * tl.exp(peak - top), 0)
+    log_weights = tl.log(weights)
     total = tl.sum(masses, 0)
     inverse = tl.maximum(total, 1.1754943508222875e-38)
     losses = tl.zeros([BLOCK], tl.float32)
@@ -168,29 +175,31 @@ def _finish_kernel(scores_ptr, mass_ptr, indices_ptr, loss_ptr, lse_ptr, total_p
             _, seen = slot_keys(indices_ptr, row, n, slots, T)
         score = tl.load(scores_ptr + n, mask=seen, other=0.0)
         p = tl.load(mass_ptr + n, mask=seen, other=0.0) / inverse
-        log_q = score - lse
+        log_q = (score - top) - log_weights
         losses += tl.where(seen, tl.where(p == 0, 0.0, p * tl.log(p)) - p * log_q, 0.0)
         if SLOTS:
-            tl.store(scores_ptr + n, tl.where(seen, tl.exp(log_q) - p, 0.0), mask=n < end)
+            tl.store(scores_ptr + n, tl.where(seen, tl.exp(score - top) / weights - p, 0.0), mask=n < end)
     tl.store(loss_ptr + row, tl.sum(losses, 0))
     if not SLOTS:
-        tl.store(lse_ptr + row * stride_lse, lse)
-        tl.store(total_ptr + row * stride_lse, total)
+        tl.store(kept_ptr + row * stride_kept, top)
+        tl.store(kept_ptr + row * stride_kept + 1, 1.0 / weights)
+        tl.store(kept_ptr + row * stride_kept + 2, total)
 
 
 @triton.jit(do_not_specialize=["first_row", "S", "T"])
 def _residual_kernel(scores_ptr, mass_ptr, kept_ptr, first_row, S, T, stride_scores, stride_mass, stride_kept, BLOCK: tl.constexpr):
-    """One program: BLOCK keys of one row; softmax(I) − p in the place of I, from kept [R, …]: log Σ exp I, 1, Σ a, …"""
+    """One program: BLOCK keys of one row; softmax(I) − p in the place of I, from kept [R, …]: x, a, Σ m, …"""
     blocks = tl.cdiv(T, BLOCK)
     local = tl.program_id(0).to(tl.int64) // blocks
     row = first_row + local
     n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     seen = n < tl.minimum(row % S + T - S + 1, T)
-    lse = tl.load(kept_ptr + row * stride_kept)
+    x = tl.load(kept_ptr + row * stride_kept)
+    a = tl.load(kept_ptr + row * stride_kept + 1)
     total = tl.load(kept_ptr + row * stride_kept + 2)
     at = scores_ptr + local * stride_scores + n
     p = tl.load(mass_ptr + local * stride_mass + n, mask=seen, other=0.0) / tl.maximum(total, 1.1754943508222875e-38)
-    tl.store(at, tl.exp(tl.load(at, mask=seen, other=0.0) - lse) - p, mask=seen)
+    tl.store(at, a * tl.exp(tl.load(at, mask=seen, other=0.0) - x) - p, mask=seen)
 
 
 @triton.jit(do_not_specialize=["first_row", "S", "T", "slots"])
@@ -251,34 +260,32 @@ class Target:
     """The attention that is followed: q [R,H,D] contiguous, k [B,T,Hkv,D], and what its kernels' launches share."""
 
     def __init__(self, q: Tensor, k: Tensor, S: int, indices: Tensor | None, scale: float):
-        self.q, self.k, self.S, self.indices = q, k, S, indices
-        exact = q.dtype == torch.float32
-        self.scale = scale if exact else scale * 1.4426950408889634  # log2 e
+        self.q, self.k, self.S, self.indices, self.scale = q, k, S, indices, scale
         (_, self.H, D), self.Hkv = q.shape, k.shape[2]
         depth = min(configs.target_depth(q.dtype), block_dim(D))
-        self.constants = dict(H=self.H, HKV=self.Hkv, D=D, DEPTH=depth, SLOTS=indices is not None, EXACT=exact)
+        self.constants = dict(H=self.H, HKV=self.Hkv, D=D, DEPTH=depth, SLOTS=indices is not None)
         self.width = k.shape[1] if indices is None else indices.shape[1]
 
     def lse(self, shift: Tensor) -> None:
-        """-> shift [R,H] float32"""
+        """-> shift [R,2H] float32: x, a of each head, a·exp(s − x) being its softmax"""
         tile = configs.indexer("lse", self.q.device, self.q.dtype, 64)
         slots, group, rows = self.indices is not None, self.H // self.Hkv, len(self.q)
         hb = tile.m if slots else head_block(group, tile.m)
         tiles = rows // self.S * triton.cdiv(self.S, 1 if slots else tile.m // hb)
         launch(
             _target_lse_kernel, (tiles * self.Hkv * triton.cdiv(group, hb),), self.q, self.k, shift, self.indices, 0, rows, self.S,
-            self.k.shape[1], self.width, *self.k.stride()[:3], self.scale, M=tile.m, N=tile.n, HB=hb, **self.constants,
+            self.k.shape[1], self.width, *self.k.stride()[:3], shift.stride(0), self.scale, M=tile.m, N=tile.n, HB=hb, **self.constants,
             warps=tile.warps, stages=tile.stages, device=self.q.device)
 
     def mass(self, shift: Tensor, mass: Tensor, rows: tuple[int, int]) -> None:
-        """Σ_h exp(scale·q·k − shift) of rows first … last − 1 -> mass [last − first, T or K]; invisible keys as may be."""
+        """Σ_h a·exp(scale·q·k − x) of rows first … last − 1 -> mass [last − first, T or K]; invisible keys as may be."""
         first, last = rows
         tile = configs.indexer("target", self.q.device, self.q.dtype, 64)
         queries = 1 if self.indices is not None else min(64, triton.next_power_of_2(self.S))
         tiles = triton.cdiv(last - first, self.S) * triton.cdiv(min(self.S, last - first), queries)
         launch(
             _target_kernel, (tiles * triton.cdiv(self.width, tile.n),), self.q, self.k, shift, mass, self.indices, first, last, self.S,
-            self.k.shape[1], self.width, *self.k.stride()[:3], mass.stride(0), self.scale, KEYS=tile.n, COLUMNS=tile.m,
+            self.k.shape[1], self.width, *self.k.stride()[:3], shift.stride(0), mass.stride(0), self.scale, KEYS=tile.n, COLUMNS=tile.m,
             HB=head_block(self.H // self.Hkv, tile.m), QUERIES=queries, **self.constants, warps=tile.warps, stages=tile.stages,
             device=self.q.device)
 
@@ -289,19 +296,16 @@ def indexer_loss(q: Tensor, k: Tensor, w: Tensor, target: Target, lse: Tensor | 
     q [R,Hi,Di] and w [R,Hi] (float32) contiguous, k [B,T,Di]; lse [R,H] float32 or None.
     """
     R, S, T, indices = len(q), target.S, k.shape[1], target.indices
+    shift = kept[:, 3:] if indices is None else torch.empty((R, 2 * target.H), device=q.device)
     if lse is None:
-        shift = torch.empty((R, target.H), device=q.device)
         target.lse(shift)
     else:
-        shift = lse.masked_fill(lse.isneginf(), 0.0)
-    if indices is None:
-        kept.fill_(1.0)
-        kept[:, 3::2] = shift
+        shift[:, ::2], shift[:, 1::2] = lse.masked_fill(lse.isneginf(), 0.0), 1.0
 
     def finish(scores: Tensor, mass: Tensor, rows: tuple[int, int]) -> None:
         block = configs.loss_block()
         launch(
-            _finish_kernel, (rows[1] - rows[0],), scores, mass, indices, loss, kept, kept[:, 2:], rows[0], S, T, target.width,
+            _finish_kernel, (rows[1] - rows[0],), scores, mass, indices, loss, kept, rows[0], S, T, target.width,
             scores.stride(0), mass.stride(0), kept.stride(0), SLOTS=indices is not None, BLOCK=block, warps=4, stages=1, device=q.device)
 
     if indices is not None:
@@ -314,7 +318,7 @@ def indexer_loss(q: Tensor, k: Tensor, w: Tensor, target: Target, lse: Tensor | 
             finish(scores, mass, rows)
 
 
-def _over_all_keys(q: Tensor, k: Tensor, w: Tensor, target: Target, shift: Tensor):
+def _over_all_keys(q: Tensor, k: Tensor, w: Tensor, target: Target, shift: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
     """-> (first row, last row + 1), scores [≥ rows, T], mass: chunk by chunk in the same memory."""
     S, T = target.S, k.shape[1]
     pieces = list(chunks(len(q) // S, S, configs.workspace() // (8 * T)))
@@ -331,7 +335,7 @@ def indexer_loss_backward(q: Tensor, k: Tensor, w: Tensor, target: Target, kept:
     (R, H, D), S, T, indices = q.shape, target.S, k.shape[1], target.indices
     if indices is None:
         block = configs.loss_block()
-        for rows, scores, mass in _over_all_keys(q, k, w, target, kept[:, 3::2].contiguous()):
+        for rows, scores, mass in _over_all_keys(q, k, w, target, kept[:, 3:]):
             launch(
                 _residual_kernel, ((rows[1] - rows[0]) * triton.cdiv(T, block),), scores, mass, kept, rows[0], S, T, scores.stride(0),
                 mass.stride(0), kept.stride(0), BLOCK=block, warps=4, stages=1, device=q.device)
