@@ -227,15 +227,15 @@ INDEXER = {
         "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
     },
     ("sm_80", "float"): {
-        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
         "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
     },
     ("sm_90", "float"): {
-        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
         "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
     },
     ("sm_100", "float"): {
-        "scores": Tile(32, 64, 8, 2), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
         "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
     },
 }

@@ -25,6 +25,7 @@ from .primitives import convert, dot, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
+FLOAT_DEPTH = tl.constexpr(32)  # float32 products go through registers: deeper ones spill
 ALIGNED = 64  # rows: chunks of a sequence's queries begin at multiples, so that tiles hold the same queries whatever the chunk
 
 
@@ -151,7 +152,7 @@ def _scores_kernel(q_ptr, k_ptr, w_ptr, out_ptr, lengths_ptr, indices_ptr, seqle
                 pair = row.to(tl.int64) * H + head
                 q = load_rows(q_ptr + pair * D, live, 0, BLOCK_D, D)  # [COLUMNS, D]
                 w = tl.load(w_ptr + pair, mask=live, other=0.0)
-                z = dot(k, tl.trans(q), tl.zeros([KEYS, COLUMNS], tl.float32))
+                z = dot(k, tl.trans(q), tl.zeros([KEYS, COLUMNS], tl.float32), FLOAT_DEPTH)
                 acc += tl.sum(tl.reshape(relu(z) * w[None, :], (KEYS, QB, HB)), 2)
             if SCALE:
                 acc *= scale[:, None]
@@ -205,7 +206,7 @@ def _query_gradient_kernel(q_ptr, k_ptr, w_ptr, g_ptr, dloss_ptr, indices_ptr, d
         if CAUSAL:
             seen = seen & (n[None, :] <= last_seen[:, None])
         g = tl.load(g_at[:, None] + n[None, :], mask=seen, other=0.0)
-        z = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))
+        z = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), FLOAT_DEPTH)
         dw += tl.sum(g * relu(z), 1)
         dq = add_product(dq, tl.where(z <= 0, 0.0, g), k)
     factor = tl.load(w_ptr + pair, mask=live, other=0.0)
@@ -241,7 +242,7 @@ def _key_gradient_kernel(q_ptr, k_ptr, w_ptr, g_ptr, dloss_ptr, dk_ptr, first_ro
     if CAUSAL:  # whole tiles before the first row that sees these keys are left out
         r_first += tl.maximum(start + n_first - T + S - r_first, 0) // QB * QB
     for r in range(r_first, r_last, QB):
-        for block in tl.static_range((H + HB - 1) // HB):
+        for block in range((H + HB - 1) // HB):
             row, head, live = columns(r, block, r_last, H, COLUMNS, HB)
             pair = row.to(tl.int64) * H + head
             q = load_rows(q_ptr + pair * D, live, 0, BLOCK_D, D)  # [COLUMNS, D]
@@ -252,7 +253,7 @@ def _key_gradient_kernel(q_ptr, k_ptr, w_ptr, g_ptr, dloss_ptr, dk_ptr, first_ro
             if CAUSAL:
                 seen = seen & (n[:, None] <= (row - start + T - S)[None, :])
             g = tl.load(g_ptr + (row - first_row).to(tl.int64)[None, :] * stride_g + n[:, None], mask=seen, other=0.0)
-            z = dot(k, tl.trans(q), tl.zeros([KEYS, COLUMNS], tl.float32))
+            z = dot(k, tl.trans(q), tl.zeros([KEYS, COLUMNS], tl.float32), FLOAT_DEPTH)
             acc = add_product(acc, tl.where(z <= 0, 0.0, g * factor[None, :]), q)
     tl.store(dk_at, acc, mask=inside)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import configs, indexer
 from .attention_tiles import load_rows
-from .indexer import add_product, block_dim, chunks, columns, head_block, slot_keys
+from .indexer import FLOAT_DEPTH, add_product, block_dim, chunks, columns, head_block, slot_keys
 from .primitives import dot, launch
 
 
@@ -221,7 +221,7 @@ def _contribution_kernel(q_ptr, k_ptr, w_ptr, g_ptr, dloss_ptr, indices_ptr, par
         pair = row.to(tl.int64) * H + head
         q = load_rows(q_ptr + pair * D, live, 0, BLOCK_D, D)  # [HB, D]
         w = tl.load(w_ptr + pair, mask=live, other=0.0)
-        z = dot(k, tl.trans(q), tl.zeros([KEYS, HB], tl.float32))
+        z = dot(k, tl.trans(q), tl.zeros([KEYS, HB], tl.float32), FLOAT_DEPTH)
         acc = add_product(acc, tl.where(z <= 0, 0.0, g[:, None] * w[None, :]), q)
     column = tl.arange(0, BLOCK_D)
     tl.store(part_ptr + (local * slots + n)[:, None] * D + column[None, :], acc, mask=there[:, None] & (column < D)[None, :])
