@@ -228,15 +228,15 @@ INDEXER = {
     },
     ("sm_80", "float"): {
         "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
-        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
     },
     ("sm_90", "float"): {
         "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
-        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
     },
     ("sm_100", "float"): {
         "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
-        "target": Tile(32, 64, 8, 2), "lse": Tile(32, 64, 8, 2),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
     },
 }
 TARGET_DEPTH = {"half": 64, "float": 32}

@@ -306,7 +306,7 @@ def indexer_loss(q: Tensor, k: Tensor, w: Tensor, target: Target, lse: Tensor | 
         block = configs.loss_block()
         launch(
             _finish_kernel, (rows[1] - rows[0],), scores, mass, indices, loss, kept, rows[0], S, T, target.width,
-            scores.stride(0), mass.stride(0), kept.stride(0), SLOTS=indices is not None, BLOCK=block, warps=4, stages=1, device=q.device)
+            scores.stride(0), mass.stride(0), kept.stride(0), SLOTS=indices is not None, BLOCK=block, warps=8, stages=1, device=q.device)
 
     if indices is not None:
         mass = torch.empty_like(kept)
