@@ -216,7 +216,7 @@ MLA_DECODE = {
 INDEXER = {
     ("sm_80", "half"): {
         "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
-        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+        "target": Tile(64, 64, 8, 3), "lse": Tile(64, 64, 8, 3),
     },
     ("sm_90", "half"): {
         "scores": Tile(64, 256, 8, 3), "query": Tile(64, 64, 4, 3), "key": Tile(64, 128, 8, 2),

@@ -373,7 +373,7 @@ def indexer_topk(q: Tensor, k: Tensor, w: Tensor, indices: Tensor, *, causal: bo
     if cu_seqlens_q is not None:
         row = torch.arange(S, dtype=torch.int32, device=q.device)
         sequence = torch.searchsorted(cu_seqlens_q[1:], row, right=True, out_int32=True).clamp_max(len(cu_seqlens_q) - 2)
-        packed = sequence, cu_seqlens_q, cu_seqlens_k
+        packed = sequence, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     R, T = B * S, k.shape[-2] if block_table is None else block_table.shape[1] * k.shape[1]
     q, w, chosen = q.reshape(R, *q.shape[-2:]), w.reshape(R, -1), indices.view(R, -1)
     k = k.view(torch.uint8) if k.dtype == torch.float8_e4m3fn else k

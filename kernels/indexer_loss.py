@@ -7,9 +7,10 @@ H heads, Hkv key heads, G = H / Hkv, D head dim; K slots of a row. N is T, or K 
     L[t] = Σ_s p·log p − p·(I − log Σ_s exp I)      (DeepSeek-V3.2-Exp)
     dI = dL·(softmax(I) − p), and on to q, k and w of the indexer as in indexer.py
 
-x is the largest score, not lse: the exponentials then have no error of lse's rounding. Scores I and masses m of all rows over K slots are [R, K]. Over all keys they are made for as many rows as fit configs.workspace() bytes
-(at least 64), and made again in the backward. dk over slots: each row writes what it gives to each of its keys, and where; then each
-key adds up its rows in order. That, too, for as many rows as fit the workspace.
+x is the largest score, not lse: the exponentials then have no error of lse's rounding. Scores I and masses m over slots are
+[R, K]. Over all keys they are made for as many rows as fit configs.workspace() bytes (at least 64), and made again in the backward.
+dk over slots: each row writes what it gives to each of its keys, and where; then each key adds up its rows in order. That, too, for
+as many rows as fit the workspace.
 """
 from __future__ import annotations
 

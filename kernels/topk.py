@@ -11,6 +11,8 @@ row count their parts, and each adds the row's counts up for itself at the begin
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,43 +47,35 @@ def _load(row_ptr, at, last, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count_blocks(counts, row_ptr, first, last, threshold, WHOLE: tl.constexpr, DIGIT: tl.constexpr, INF: tl.constexpr,
-                  DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    SHIFT: tl.constexpr = 8 * (DIGITS - 1 - DIGIT)
+def _count_blocks(counts, row_ptr, first, last, threshold, mask, shift, flip, WHOLE: tl.constexpr, INF: tl.constexpr, BLOCK: tl.constexpr):
     for at in range(first, last, BLOCK):
         _, live, bits = _load(row_ptr, at, last, WHOLE, BLOCK)
         order = _order(bits.to(tl.int32), INF)
-        digit = (order >> SHIFT) & 255
-        if DIGIT == 0:
-            digit ^= 128  # the sign: negative numbers first
-        else:
-            live = live & ((order >> (SHIFT + 8)) == (threshold >> (SHIFT + 8)))
-        counts += tl.histogram(digit, 256, mask=live)
+        digit = ((order >> shift) & 255) ^ flip
+        counts += tl.histogram(digit, 256, mask=live & (((order ^ threshold) & mask) == 0))
     return counts
 
 
 @triton.jit
-def _count(row_ptr, first, last, threshold, DIGIT: tl.constexpr, INF: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """How often each value [256] of digit DIGIT occurs in row[first : last] among scores that share the threshold's digits before."""
+def _count(row_ptr, first, last, threshold, mask, shift, flip, INF: tl.constexpr, BLOCK: tl.constexpr):
+    """How often each value [256] of the digit at `shift` occurs in row[first : last] among scores that have the threshold's bits in `mask`.
+
+    flip: 128 for the first digit, whose highest bit is the sign, else 0.
+    """
     counts = tl.zeros([256], tl.int32)
     whole = first + tl.maximum(last - first, 0) // BLOCK * BLOCK
-    counts = _count_blocks(counts, row_ptr, first, whole, threshold, True, DIGIT, INF, DIGITS, BLOCK)
-    return _count_blocks(counts, row_ptr, whole, last, threshold, False, DIGIT, INF, DIGITS, BLOCK)
+    counts = _count_blocks(counts, row_ptr, first, whole, threshold, mask, shift, flip, True, INF, BLOCK)
+    return _count_blocks(counts, row_ptr, whole, last, threshold, mask, shift, flip, False, INF, BLOCK)
 
 
 @triton.jit
-def _choose(counts, threshold, need, DIGIT: tl.constexpr, DIGITS: tl.constexpr):
-    """The digit that the need-th largest has -> the threshold with it, how many that share it are needed, mask [256] of those above."""
-    SHIFT: tl.constexpr = 8 * (DIGITS - 1 - DIGIT)
+def _choose(counts, threshold, need, shift, flip):
+    """The digit that the need-th largest has -> the threshold with it, how many that share it are needed, the digit."""
     value = tl.arange(0, 256)
     above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # [256] scores with a larger digit
     digit = tl.sum(tl.where((above < need) & (above + counts >= need), value, 0), 0)
     need -= tl.sum(tl.where(value > digit, counts, 0), 0)
-    if DIGIT == 0:
-        threshold = (digit - 128) << SHIFT  # signed from here on
-    else:
-        threshold = threshold | (digit << SHIFT)
-    return threshold, need, digit
+    return threshold | ((digit - flip) << shift), need, digit
 
 
 @triton.jit
@@ -109,7 +103,7 @@ def _take_blocks(row_ptr, first, last, threshold, need, n_above, n_equal, values
 @triton.jit
 def _take(row_ptr, first, last, threshold, need, n_above, n_equal, values_ptr, indices_ptr, INF: tl.constexpr, VALUES: tl.constexpr,
           BLOCK: tl.constexpr):
-    """Write what row[first : last] keeps; n_above, n_equal: of the row's scores before `first`, how many are above, equal to the threshold."""
+    """Write what row[first : last] keeps; n_above, n_equal: how many of the row's scores before are above the threshold, equal to it."""
     whole = first + tl.maximum(last - first, 0) // BLOCK * BLOCK
     n_above, n_equal = _take_blocks(
         row_ptr, first, whole, threshold, need, n_above, n_equal, values_ptr, indices_ptr, True, INF, VALUES, BLOCK)
@@ -146,12 +140,16 @@ def _row_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, T, k, stride_r
         values_ptr += row * k
     indices_ptr += row * k
     kept = tl.minimum(k, length)
-    threshold = 0
-    need = kept
-    for DIGIT in tl.static_range(DIGITS):
-        counts = _count(row_ptr, 0, length, threshold, DIGIT, INF, DIGITS, BLOCK)
-        threshold, need, _ = _choose(counts, threshold, need, DIGIT, DIGITS)
     none = length * 0
+    threshold = none
+    need = kept
+    mask = none
+    for digit in range(DIGITS):
+        shift = 8 * (DIGITS - 1 - digit)
+        flip = tl.where(digit == 0, 128, 0)
+        counts = _count(row_ptr, 0, length, threshold, mask, shift, flip, INF, BLOCK)
+        threshold, need, _ = _choose(counts, threshold, need, shift, flip)
+        mask = none - (1 << shift)
     _take(row_ptr, 0, length, threshold, need, none, none, values_ptr, indices_ptr, INF, VALUES, BLOCK)
     _fill(kept, k, values_ptr, indices_ptr, INF, VALUES, BLOCK)
 
@@ -173,10 +171,12 @@ def _part_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, before_ptr, c
     row_ptr = scores_ptr + row * stride_row
     first = tl.multiple_of(mine * part, BLOCK)
     last = tl.minimum(length, first + part)
-    threshold = 0
-    need = kept
+    SHIFT: tl.constexpr = 8 * (DIGITS - 1 - DIGIT)
     n_above = length * 0
     n_equal = n_above
+    threshold = n_above
+    need = kept
+    mask = n_above
     value = tl.arange(0, 256)
     if DIGIT > 0:
         if DIGIT > 1:
@@ -190,7 +190,8 @@ def _part_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, before_ptr, c
             theirs = tl.load(of_row + p * 256)
             counts += theirs
             before += tl.where(p < mine, theirs, 0)
-        threshold, need, digit = _choose(counts, threshold, need, DIGIT - 1, DIGITS)
+        threshold, need, digit = _choose(counts, threshold, need, SHIFT + 8, 128 if DIGIT == 1 else 0)
+        mask -= 1 << (SHIFT + 8)
         n_above += tl.sum(tl.where(value > digit, before, 0), 0)
         n_equal = tl.sum(tl.where(value == digit, before, 0), 0)
     if DIGIT < DIGITS:
@@ -198,7 +199,7 @@ def _part_kernel(scores_ptr, lengths_ptr, values_ptr, indices_ptr, before_ptr, c
             tl.store(state_ptr + at * 3, threshold)
             tl.store(state_ptr + at * 3 + 1, need)
             tl.store(state_ptr + at * 3 + 2, n_above)
-        counts = _count(row_ptr, first, last, threshold, DIGIT, INF, DIGITS, BLOCK)
+        counts = _count(row_ptr, first, last, threshold, mask, SHIFT, 0 if DIGIT > 0 else 128, INF, BLOCK)
         tl.store(counts_ptr + at * 256 + value, counts)
     else:
         if VALUES:
@@ -228,8 +229,9 @@ def select(scores: Tensor, lengths: Tensor | None, values: Tensor | None, indice
         return
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int16
     plan = configs.topk(N, T)
-    constants = dict(INF=INFINITY[scores.dtype], DIGITS=bits.itemsize, LENGTHS=lengths is not None, VALUES=values is not None,
-                     BLOCK=plan.block, warps=plan.warps, stages=2, device=scores.device)
+    constants: dict[str, Any] = dict(
+        INF=INFINITY[scores.dtype], DIGITS=bits.itemsize, LENGTHS=lengths is not None, VALUES=values is not None, BLOCK=plan.block,
+        warps=plan.warps, stages=2, device=scores.device)
     tensors = scores.view(bits), lengths, None if values is None else values.view(bits), indices
     if plan.parts == 1:
         launch(_row_kernel, (N,), *tensors, T, k, scores.stride(0), **constants)
@@ -237,5 +239,5 @@ def select(scores: Tensor, lengths: Tensor | None, values: Tensor | None, indice
     counts = torch.empty((2, N, plan.parts, 256), dtype=torch.int32, device=scores.device)
     state = torch.empty((N, plan.parts, 3), dtype=torch.int32, device=scores.device)
     for digit in range(constants["DIGITS"] + 1):
-        launch(_part_kernel, (N * plan.parts,), *tensors, counts[1 - digit % 2], counts[digit % 2], state, T, k, plan.part, plan.parts, scores.stride(0),
-               DIGIT=digit, **constants)
+        launch(_part_kernel, (N * plan.parts,), *tensors, counts[1 - digit % 2], counts[digit % 2], state, T, k, plan.part, plan.parts,
+               scores.stride(0), DIGIT=digit, **constants)
