@@ -211,19 +211,19 @@ MLA_DECODE = {
 }
 
 # The indexer: n keys, m pairs (query, head) of at most 64. In "scores", "key" and "target" the keys are the product's rows, in "query"
-# and "lse" the pairs are. For index dims over 128 (and padded to a power of two) n is halved. "target" and "lse" are of the attention
-# that the indexer's loss follows, whose head dim is walked through TARGET_DEPTH columns at a time.
+# and "lse" the pairs are. "target" and "lse" are of the attention that the indexer's loss follows, whose head dim is walked through
+# TARGET_DEPTH columns at a time.
 INDEXER = {
     ("sm_80", "half"): {
-        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 8, 2), "key": Tile(64, 64, 8, 2),
         "target": Tile(64, 64, 8, 3), "lse": Tile(64, 64, 8, 3),
     },
     ("sm_90", "half"): {
-        "scores": Tile(64, 256, 8, 3), "query": Tile(64, 64, 4, 3), "key": Tile(64, 128, 8, 2),
+        "scores": Tile(64, 256, 8, 3), "query": Tile(64, 64, 8, 3), "key": Tile(64, 128, 8, 2),
         "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
     },
     ("sm_100", "half"): {
-        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 8, 2), "key": Tile(64, 128, 8, 2),
         "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
     },
     ("sm_80", "float"): {
@@ -343,12 +343,16 @@ def topk(rows: int, length: int) -> Parts:
     return Parts(block, 8 if block >= 2048 else 4, part, -(-length // part) if parts > 1 else 1)
 
 
-def indexer(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int) -> Tile:
-    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel."""
+def indexer(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, quantised: bool = False) -> Tile:
+    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel. Fewer keys where rows are wide, where their width
+    is no power of two (masks and addresses take registers), and where float32 queries meet quantised keys."""
     if INTERPRET:
         return Tile(16, 32, 1, 1)
+    half = kind(dtype) == "half"
     found = INDEXER[architecture(device), kind(dtype)][kernel]
-    return found._replace(n=found.n // 2) if padded_d > 128 else found
+    least = 16 if not half else 32 if kernel == "query" else 64
+    halvings = (dim > 128) + (dim & (dim - 1) > 0) + (quantised and not half)
+    return found._replace(n=max(found.n >> halvings, least))
 
 
 def target_depth(dtype: torch.dtype) -> int:

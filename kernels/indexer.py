@@ -308,7 +308,7 @@ def write_scores(q: Tensor, k: Tensor, w: Tensor, out: Tensor, rows: tuple[int, 
     page = 0 if block_table is None else k.shape[1]
     T = k.shape[-2] if block_table is None else block_table.shape[1] * page
     width = T if indices is None else indices.shape[1]
-    tile = configs.indexer("scores", q.device, q.dtype, block_dim(D))
+    tile = configs.indexer("scores", q.device, q.dtype, D, k.dtype == torch.uint8)
     queries = min(64, triton.next_power_of_2(S)) if indices is None else 1
     scale_strides = (0, 0) if k_scale is None else (0, k_scale.stride(0)) if k_scale.dim() == 1 else k_scale.stride()
     launch(
@@ -324,7 +324,7 @@ def query_gradients(q: Tensor, k: Tensor, w: Tensor, g: Tensor, dq: Tensor, dw: 
                     dloss: Tensor | None = None, indices: Tensor | None = None) -> None:
     """dq [R,Hi,Di] and dw [R,Hi] float32 of rows first … last − 1, from g [≥ last − first, T] (or [.., K] with indices [R,K])."""
     (_, H, D), (first, last) = q.shape, rows
-    tile = configs.indexer("query", q.device, q.dtype, block_dim(D))
+    tile = configs.indexer("query", q.device, q.dtype, D)
     hb = tile.m if indices is not None else head_block(H, tile.m)
     per = 1 if indices is not None else tile.m // hb
     tiles = triton.cdiv(last - first, S) * triton.cdiv(min(S, last - first), per)
@@ -339,7 +339,7 @@ def key_gradients(q: Tensor, k: Tensor, w: Tensor, g: Tensor, dk: Tensor, rows: 
                   dloss: Tensor | None = None) -> None:
     """dk [B,T,Di] float32 += what rows first … last − 1 give, from g [≥ last − first, T]. rows: as `chunks` cuts them, in order."""
     (_, H, D), (first, last), T = q.shape, rows, k.shape[1]
-    tile = configs.indexer("key", q.device, q.dtype, block_dim(D))
+    tile = configs.indexer("key", q.device, q.dtype, D)
     launch(
         _key_gradient_kernel, (triton.cdiv(last - first, S) * triton.cdiv(T, tile.n),), q, k, w, g, dloss, dk, first, last, S, T,
         *k.stride()[:2], g.stride(0), H=H, D=D, BLOCK_D=block_dim(D), KEYS=tile.n, COLUMNS=tile.m, HB=head_block(H, tile.m),

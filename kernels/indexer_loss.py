@@ -344,7 +344,7 @@ def indexer_loss_backward(q: Tensor, k: Tensor, w: Tensor, target: Target, kept:
             indexer.key_gradients(q, k, w, scores, dk, rows, S, causal=True, dloss=dloss)
         return
     indexer.query_gradients(q, k, w, kept, dq, dw, (0, R), S, causal=False, dloss=dloss, indices=indices)
-    K, tile, collect = indices.shape[1], configs.indexer("key", q.device, q.dtype, block_dim(D)), configs.collect_block()
+    K, tile, collect = indices.shape[1], configs.indexer("key", q.device, q.dtype, D), configs.collect_block()
     pieces = list(chunks(R // S, S, configs.workspace() // (4 * (K * D + T))))
     most = max(last - first for first, last in pieces)
     part, where = torch.empty((most, K, D), device=q.device), torch.empty((most, T), dtype=torch.int32, device=q.device)
