@@ -157,11 +157,12 @@ def spread(N: int, E: int, dtype: torch.dtype) -> torch.Tensor:
     return ((ranks - E / 2) * (6 / E) + draw.normal(N, 1, scale=0.1)).to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, (60, 48, 6)), (torch.bfloat16, (40, 64, 1)), (torch.float16, (40, 24, 4))], ids=str)
-@pytest.mark.parametrize("name", RULES)
-def test_rules(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, host: HostExtension) -> None:
-    N, E, K = sizes
-    rule = RULES[name]
+@pytest.mark.parametrize("number", range(len(RULES)), ids=lambda i: list(RULES)[i])
+def test_rules(number: int, host: HostExtension) -> None:
+    """A few rows each: a launch here is as many threads that wait for each other at every shuffle."""
+    rule = list(RULES.values())[number]
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[number % 3]
+    N, E, K = ((13, 48, 6), (9, 64, 1), (11, 24, 4))[number % 3]
     K = min(K, rule.get("topk_group", 1) * E // rule.get("n_group", 1))
     check_rule(spread(N, E, dtype), K, rule)
 
@@ -169,11 +170,11 @@ def test_rules(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, host:
 @pytest.mark.parametrize(
     ("sizes", "rule"),
     [
-        ((5, 1, 1), dict(score="sigmoid")), ((3, 7, 7), {}), ((9, 65, 32), dict(score="sigmoid", bias=True, renormalize=False)),
-        ((12, 130, 9), dict(n_group=13, topk_group=4, renormalize=False)), ((7, 384, 8), dict(score="sigmoid", bias=True, scaling=2.827)),
-        ((6, 896, 16), dict(renormalize=False)), ((6, 1024, 32), dict(score="sigmoid", bias=True, n_group=8, topk_group=4)),
-        ((4, 1000, 3), dict(score="sigmoid", n_group=1000, topk_group=500)), ((1, 256, 8), dict(score="sqrtsoftplus", bias=True)),
-        ((4, 300, 5), dict(score="sigmoid", n_group=3, topk_group=1, bias=True)),
+        ((3, 1, 1), dict(score="sigmoid")), ((3, 7, 7), {}), ((3, 65, 32), dict(score="sigmoid", bias=True, renormalize=False)),
+        ((3, 130, 9), dict(n_group=13, topk_group=4, renormalize=False)), ((2, 384, 8), dict(score="sigmoid", bias=True, scaling=2.827)),
+        ((2, 1024, 32), dict(score="sigmoid", bias=True, n_group=8, topk_group=4)), ((1, 256, 8), dict(score="sqrtsoftplus", bias=True)),
+        ((2, 1000, 3), dict(score="sigmoid", n_group=1000, topk_group=500)), ((2, 896, 16), dict(renormalize=False)),
+        ((2, 300, 5), dict(score="sigmoid", n_group=3, topk_group=1, bias=True)),
     ],
     ids=str,
 )  # fmt: skip
@@ -186,9 +187,9 @@ def test_sizes(sizes: tuple[int, int, int], rule: dict[str, Any], host: HostExte
 def test_ties_go_to_the_lower_number(name: str, host: HostExtension) -> None:
     """Scores from a handful of values, negative biases, minus zeros: chosen exactly as the reference chooses."""
     rule, draw = RULES[name], Draw(6)
-    z = draw.integers(-2, 3, 60, 48).float() * draw.integers(0, 2, 60, 48).float() * -1.0
+    z = draw.integers(-2, 3, 6, 48).float() * draw.integers(0, 2, 6, 48).float() * -1.0
     bias = -draw.integers(0, 3, 48).float() - 5 if rule.get("bias") else None
-    for K in (1, 5, 12):
+    for K in (1, 7):
         options = rule | dict(bias=bias)
         found, want = tk.route(z, K, **options), reference.route(z, K, **options)
         for field in ("experts", "counts", "order", "offsets"):
@@ -199,7 +200,7 @@ def test_ties_go_to_the_lower_number(name: str, host: HostExtension) -> None:
 def test_replay(name: str, host: HostExtension) -> None:
     """Given experts, equal ones in a row too: the live weights and their gradient."""
     rule, draw = RULES[name], Draw(7)
-    z, experts = draw.normal(30, 24), draw.integers(0, 24, 30, 5)
+    z, experts = draw.normal(8, 24), draw.integers(0, 24, 8, 5)
     found, dz = run(tk.route, z, 5, rule, None, experts=experts.long())
     exact, exact_dz = run(reference.route, z.double(), 5, rule, None, experts=experts)
     near, near_dz = run(reference.route, z, 5, rule, None, experts=experts)
@@ -213,14 +214,14 @@ def test_experts_of_other_ranks(options: tuple[str, bool], host: HostExtension) 
     """Replayed experts outside 0 … E−1: weight 0 and no gradient, the others as if alone; not counted, last in the order."""
     score, renormalize = options
     draw, E = Draw(12), 20
-    z, chosen = draw.normal(25, E), draw.integers(-1, E + 3, 25, 4).int()
+    z, chosen = draw.normal(12, E), draw.integers(-1, E + 3, 12, 4).int()
     here = (chosen >= 0) & (chosen < E)
     rest = (None, 4, score, 1, 1, "top2", renormalize, 1.5)
     weights, kept, counts, order, offsets = moe_cuda.route(z, chosen, *rest)
-    dweights = draw.normal(25, 4)
+    dweights = draw.normal(12, 4)
     dz = moe_cuda.route_backward(dweights, z, chosen, score, renormalize, 1.5)
     assert torch.equal(kept, chosen) and (weights[~here] == 0).all()
-    for row in range(25):
+    for row in range(12):
         own = chosen[row][here[row]][None]
         wanted = torch.zeros(1, E)
         if own.numel():
@@ -237,13 +238,13 @@ def test_experts_of_other_ranks(options: tuple[str, bool], host: HostExtension) 
 @pytest.mark.parametrize("name", ["deepseek-v3", "softmax, plain", "gpt-oss"])
 def test_bits_by_batch(name: str, host: HostExtension) -> None:
     rule, E = RULES[name], 40
-    z = Draw(8).normal(47, E)
+    z = Draw(8).normal(23, E)
     bias = Draw(9).normal(E, scale=0.2) if rule.get("bias") else None
     found, dz = run(tk.route, z, 4, rule, bias)
     again, dz_again = run(tk.route, z, 4, rule, bias)
     for a, b in zip((*again, dz_again), (*found, dz), strict=True):
         assert_bitwise(a.detach(), b.detach())
-    for first, last in ((0, 1), (5, 6), (20, 31)):
+    for first, last in ((0, 1), (14, 19)):
         some = tk.route(z[first:last], 4, **(rule | dict(bias=bias)))
         assert_bitwise(some.weights, found.weights[first:last].detach())
         assert_bitwise(some.experts, found.experts[first:last])
@@ -251,8 +252,8 @@ def test_bits_by_batch(name: str, host: HostExtension) -> None:
 
 def test_extremes(host: HostExtension) -> None:
     """Scores where softplus underflows and the sigmoid is 0 or 1, an infinite logit, NaN in one row alone, no rows."""
-    z = Draw(10).normal(16, 40) * 40
-    others = torch.arange(16) != 7
+    z = Draw(10).normal(9, 40) * 40
+    others = torch.arange(9) != 7
     for score in reference.SCORES:
         found, dz = run(tk.route, z, 4, dict(score=score), None)
         assert found.weights.isfinite().all() and dz.isfinite().all(), score

@@ -46,11 +46,11 @@ class RecipeConfig:
     layers: int = 3
     batch: int = 8
     short_length: int = 64
-    short_steps: int = 600
-    dense_steps: int = 400
-    warm_up_steps: int = 150
-    sparse_steps: int = 300
-    learning_rate: float = 2e-3  # of the dense stage, after `ramp` steps; it ends at a tenth, with which the next stages go on
+    short_steps: int = 900
+    dense_steps: int = 250
+    warm_up_steps: int = 100
+    sparse_steps: int = 200
+    learning_rate: float = 4e-3  # of the dense stage, after `ramp` steps; it ends at a tenth, with which the next stages go on
     indexer_learning_rate: float = 2e-3
     ramp: int = 50
     weight_decay: float = 0.05
