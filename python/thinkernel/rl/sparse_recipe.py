@@ -6,7 +6,7 @@
     sparse    top-k       everything      the main model from the language loss, the indexer from the KL over its chosen keys
     control   dense       the main model  the language loss, for as many steps on the same batches as the sparse stage
 
-`python -m thinkernel.rl.sparse_recipe` runs it on associative recall (tasks/recall.py) with the DeepSeek-V3.2 miniature, prints
+`python -m thinkernel.rl.sparse_recipe` runs it on recall over a distance (tasks/recall.py) with the DeepSeek-V3.2 miniature, prints
 what docs/sparse_recipe.md explains, and writes it with --json. B sequences, S tokens, T keys, H heads, K top-k.
 """
 
@@ -38,23 +38,23 @@ from thinkernel.rl.trainer import update_routing_bias
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """Steps of `batch · length` tokens each; the dense stage begins with `short_steps` of as many tokens in short sequences."""
+    """Steps of `batch · length` tokens each; the dense stage begins with `short_steps` of as many, in short sequences."""
 
     length: int = 512
     top_k: int = 32
-    words: int = 48  # of a sequence's dictionary: a key was last seen 192 tokens ago on average
+    facts: int = 12  # of a sequence
     layers: int = 3
-    batch: int = 8
+    batch: int = 4
     short_length: int = 64
-    short_steps: int = 900
-    dense_steps: int = 250
-    warm_up_steps: int = 100
-    sparse_steps: int = 200
-    learning_rate: float = 4e-3  # of the dense stage, after `ramp` steps; it ends at a tenth, with which the next stages go on
+    short_steps: int = 300
+    dense_steps: int = 120
+    warm_up_steps: int = 80
+    sparse_steps: int = 120
+    learning_rate: float = 2e-3  # of the dense stage, after `ramp` steps; it ends at a tenth, with which the next stages go on
     indexer_learning_rate: float = 2e-3
     ramp: int = 50
     weight_decay: float = 0.05
-    held_out: int = 32  # sequences that losses are measured on
+    held_out: int = 16  # sequences that losses are measured on
     seed: int = 0
 
     @property
@@ -159,7 +159,7 @@ def held_out_loss(model: Transformer, config: RecipeConfig, *, sparse: bool) -> 
 
 def held_out(config: RecipeConfig) -> Iterator[RecallBatch]:
     for i in range(0, config.held_out, config.batch):
-        yield recall.make_batch(config.batch, config.length, config.words, derive_seed("recall held out", config.seed, i))
+        yield recall.make_batch(config.batch, config.length, config.facts, derive_seed("recall held out", config.seed, i))
 
 
 def report(model: Transformer, config: RecipeConfig, stage: str, *, sparse: bool) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def report(model: Transformer, config: RecipeConfig, stage: str, *, sparse: bool
         "layers": [dataclasses.asdict(s) for s in layers],
     }
     print(
-        f"{stage:<28} held-out loss (accuracy): dense {dense[0]:.4f} ({dense[1]:.1%})  sparse {sparse_loss[0]:.4f} ({sparse_loss[1]:.1%})   "
-        f"true top keys found {mean['recall']:.1%}, attention on the chosen {mean['mass']:.1%} of at most {mean['best']:.1%}",
+        f"{stage}\n  held-out loss (accuracy): dense {dense[0]:.4f} ({dense[1]:.1%}), sparse {sparse_loss[0]:.4f} ({sparse_loss[1]:.1%})\n"
+        f"  true top keys found {mean['recall']:.1%}, attention on the chosen {mean['mass']:.1%} of at most {mean['best']:.1%}",
         flush=True,
     )
     return row
@@ -206,9 +206,9 @@ def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def dense_batch(config: RecipeConfig, step: int) -> RecallBatch:
     seed = derive_seed("recall dense", config.seed, step)
     if step >= config.short_steps:
-        return recall.make_batch(config.batch, config.length, config.words, seed)
-    shorter = config.length // config.short_length
-    return recall.make_batch(config.batch * shorter, config.short_length, max(1, config.words // shorter), seed)
+        return recall.make_batch(config.batch, config.length, config.facts, seed)
+    sequences = max(1, config.batch * config.length // config.short_length)
+    return recall.make_batch(sequences, config.short_length, min(config.facts, config.short_length // 2), seed)
 
 
 def train_dense(model: Transformer, config: RecipeConfig) -> None:
@@ -222,12 +222,12 @@ def train_dense(model: Transformer, config: RecipeConfig) -> None:
         loss, output = language_loss(model, dense_batch(config, step), sparse=False, losses=False)
         loss.backward()
         take_step(optimizer, rate)
-        if step % 100 == 99:
+        if step % 50 == 49:
             print(f"  dense step {step + 1}: loss {float(loss.detach()):.4f}", flush=True)
 
 
 def later_batch(config: RecipeConfig, stage: str, step: int) -> RecallBatch:
-    return recall.make_batch(config.batch, config.length, config.words, derive_seed("recall", stage, config.seed, step))
+    return recall.make_batch(config.batch, config.length, config.facts, derive_seed("recall", stage, config.seed, step))
 
 
 def train_indexer(model: Transformer, config: RecipeConfig) -> None:
@@ -262,7 +262,7 @@ def train_on(model: Transformer, config: RecipeConfig, *, sparse: bool) -> None:
             take_step(of_indexer, config.indexer_learning_rate / 4)
         if output.expert_counts is not None:
             update_routing_bias(model, output.expert_counts)
-        if step % 100 == 99:
+        if step % 50 == 49:
             print(f"  {'sparse' if sparse else 'control'} step {step + 1}: loss {float(loss.detach()):.4f}", flush=True)
 
 

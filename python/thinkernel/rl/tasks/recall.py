@@ -1,9 +1,8 @@
-"""Associative recall: sequences in which every answer stands once or a few times far back, and nowhere else.
+"""Recall over a distance: facts among noise in the first half of a sequence, questions about them in the second.
 
-Shapes: B sequences, P pairs each, S = 2P tokens. Every sequence has a dictionary of its own, from `words` keys drawn of KEYS to
-values drawn of VALUES, and is P draws from it: key value key value … A value whose key came before is known to who finds
-that place; these positions alone are scored. Between a key and its last mention lie 2·words tokens on average, so that
-attention to recent tokens does not help, and nothing can be learnt by heart: dictionaries are not repeated.
+Shapes: B sequences of S tokens, F facts each. A fact is one token that says "key k has value v", a question is a token "which value
+has k?", the rest is noise. Every sequence draws keys and values anew and mentions each of its facts once, so that a question can be
+answered from one place alone, S / 2 tokens back on average: recent tokens do not help, and nothing can be learnt by heart.
 """
 
 from __future__ import annotations
@@ -13,29 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KEYS, VALUES = 64, 32
-VOCAB_SIZE = KEYS + VALUES
+KEYS, VALUES, NOISE = 16, 16, 32
+# values 0 … V−1 (answers, never in a sequence), questions, noise, facts
+QUESTION, FIRST_NOISE, FACT = VALUES, VALUES + KEYS, VALUES + KEYS + NOISE
+VOCAB_SIZE = FACT + KEYS * VALUES
 
 
 class RecallBatch(NamedTuple):
     tokens: Tensor  # [B, S] int64
-    targets: Tensor  # [B, S] int64: the next token where it can be known, else -100
+    targets: Tensor  # [B, S] int64: the value asked for, −100 where nothing is asked
 
 
-def make_batch(batch: int, length: int, words: int, seed: int) -> RecallBatch:
-    """`length` tokens, an even number, over dictionaries of `words` keys; the same seed gives the same sequences."""
-    if length < 2 or length % 2:
-        raise ValueError(f"length: got {length}, takes an even number of at least 2")
-    if not 1 <= words <= KEYS:
-        raise ValueError(f"words: got {words}, takes 1 to {KEYS}")
+def make_batch(batch: int, length: int, facts: int, seed: int) -> RecallBatch:
+    """`facts` of the keys are mentioned in each sequence of `length` tokens; the same seed gives the same sequences."""
+    half = length // 2
+    if not 1 <= facts <= min(KEYS, half):
+        raise ValueError(f"facts: got {facts}, takes 1 to {min(KEYS, half)} (there are {KEYS} keys, and length // 2 = {half} places)")
     random = torch.Generator().manual_seed(seed)
-    pairs = length // 2
-    keys = torch.rand(batch, KEYS, generator=random).argsort(-1)[:, :words]  # [B, words]
-    values = KEYS + torch.randint(VALUES, (batch, words), generator=random)  # [B, words]
-    drawn = torch.randint(words, (batch, pairs), generator=random)  # [B, P] a place in the dictionary
-    tokens = torch.stack((keys.gather(1, drawn), values.gather(1, drawn)), -1).flatten(1)  # [B, S]
-    same = drawn[:, :, None] == drawn[:, None]  # [B, P, P]
-    seen = same.tril(-1).any(-1)  # [B, P] this key came before
+    tokens = FIRST_NOISE + torch.randint(NOISE, (batch, length), generator=random)  # [B, S]
     targets = torch.full_like(tokens, -100)
-    targets[:, ::2] = tokens[:, 1::2].masked_fill(~seen, -100)
+    keys = torch.rand(batch, KEYS, generator=random).argsort(-1)[:, :facts]  # [B, F]
+    values = torch.randint(VALUES, (batch, facts), generator=random)  # [B, F]
+    places = torch.rand(batch, half, generator=random).argsort(-1)[:, :facts]  # [B, F]
+    tokens.scatter_(1, places, FACT + keys * VALUES + values)
+    asked = torch.randint(facts, (batch, length - half), generator=random)  # [B, S − half] which fact
+    is_question = torch.rand(batch, length - half, generator=random) < 0.5
+    tokens[:, half:] = torch.where(is_question, QUESTION + keys.gather(1, asked), tokens[:, half:])
+    targets[:, half:] = values.gather(1, asked).masked_fill(~is_question, -100)
     return RecallBatch(tokens, targets)
