@@ -19,13 +19,14 @@ from thinkernel.rl.tasks import recall
 
 pytestmark = pytest.mark.filterwarnings("ignore:thinkernel. .* runs on the reference backend")
 TINY = RecipeConfig(
-    length=48, top_k=6, facts=5, layers=2, batch=2, short_length=24, short_steps=1, dense_steps=1, warm_up_steps=25, sparse_steps=2, held_out=4
+    length=48, top_k=6, facts=5, layers=2, batch=2, short_length=24, short_steps=1, dense_steps=1, warm_up_steps=2, sparse_steps=2,
+    held_out=4,
 )
 
 
-def tiny_model(seed: int = 0) -> Transformer:
-    torch.manual_seed(seed)
-    return Transformer(model_config(TINY))
+def tiny_model(config: RecipeConfig = TINY) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(model_config(config))
 
 
 def changed(model: Transformer, before: dict[str, torch.Tensor]) -> set[str]:
@@ -37,7 +38,8 @@ def changed(model: Transformer, before: dict[str, torch.Tensor]) -> set[str]:
 
 def test_every_question_is_answered_by_one_fact_of_the_first_half() -> None:
     tokens, targets = recall.make_batch(5, 64, 9, seed=3)
-    assert torch.equal(tokens, recall.make_batch(5, 64, 9, seed=3).tokens) and not torch.equal(tokens, recall.make_batch(5, 64, 9, seed=4).tokens)
+    again, other = (recall.make_batch(5, 64, 9, seed=seed).tokens for seed in (3, 4))
+    assert torch.equal(tokens, again) and not torch.equal(tokens, other)
     assert (targets[:, :32] == -100).all() and (tokens >= recall.QUESTION).all() and (tokens < recall.VOCAB_SIZE).all()
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
         facts = [divmod(token - recall.FACT, recall.VALUES) for token in row if token >= recall.FACT]
@@ -57,21 +59,23 @@ def test_the_task_names_what_it_takes(facts: int) -> None:
 
 
 def test_the_warm_up_moves_the_indexer_alone_and_its_recall_rises() -> None:
-    model = tiny_model()
+    config = dataclasses.replace(TINY, layers=1, indexer_learning_rate=1e-2, warm_up_steps=25)
+    model = tiny_model(config)
     with torch.no_grad():  # attention that has preferences, as after training
         for _, attention in sparse_recipe.sparse_layers(model):
             attention.q_b_proj.weight.mul_(4)
     batch = recall.make_batch(4, TINY.length, TINY.facts, seed=1)
     before, recalls = {k: v.clone() for k, v in model.state_dict().items()}, selections(model, batch.tokens, sparse=False)
-    sparse_recipe.train_indexer(model, TINY)
+    sparse_recipe.train_indexer(model, config)
     moved = changed(model, before)
     assert moved and all(".indexer." in name for name in moved)
-    assert {name.split(".indexer.")[1] for name in moved} == {"q_proj.weight", "k_proj.weight", "k_norm.weight", "k_norm.bias", "weight_proj.weight"}
+    parts = {"q_proj.weight", "k_proj.weight", "k_norm.weight", "k_norm.bias", "weight_proj.weight"}
+    assert {name.split(".indexer.")[1] for name in moved} == parts
     assert all(p.requires_grad for p in model.parameters())
     after = selections(model, batch.tokens, sparse=False)
     for old, new in zip(recalls, after, strict=True):
         assert new.best == old.best  # the attention is what it was
-        assert new.recall > old.recall + 0.1 and new.mass > old.mass
+        assert new.recall > old.recall + 0.15 and new.mass > old.mass + 0.05
 
 
 def test_dense_training_leaves_the_indexer_and_sparse_training_moves_all() -> None:
