@@ -62,7 +62,7 @@ def test_the_warm_up_moves_the_indexer_alone_and_its_recall_rises() -> None:
     config = dataclasses.replace(TINY, layers=1, indexer_learning_rate=1e-2, warm_up_steps=25)
     model = tiny_model(config)
     with torch.no_grad():  # attention that has preferences, as after training
-        for _, attention in sparse_recipe.sparse_layers(model):
+        for attention, _ in sparse_recipe.sparse_layers(model):
             attention.q_b_proj.weight.mul_(4)
     batch = recall.make_batch(4, TINY.length, TINY.facts, seed=1)
     before, recalls = {k: v.clone() for k, v in model.state_dict().items()}, selections(model, batch.tokens, sparse=False)

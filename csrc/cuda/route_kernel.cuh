@@ -11,6 +11,8 @@
 // The sort is stable and its result independent of R. route_rows counts each tile's slots by expert (integer atomics, block-shared),
 // route_prefix sums an expert's counts over the tiles, and route_order lets one warp place a tile's slots in sequence, 32 at a time:
 // a lane's place among equal experts is the number of equal lanes below it. Slots of experts that are not here go to bin E, the last.
+//
+// The __syncwarp() without a number are those that ThreadSanitizer cannot miss on the host: there a reduction or match meets all lanes too.
 #pragma once
 #include <cstdint>
 
@@ -190,7 +192,7 @@ __device__ __forceinline__ int32_t choose(const RouteForwardParams& p, const flo
     keep_groups(p, room.keys, room.group_keys);
 #pragma unroll
     for (int i = 0; i < PER; ++i) keys[i] = 32 * i + lane < experts ? room.keys[32 * i + lane] : 0;
-    warp_barrier<4>();  // before the next row's keys
+    __syncwarp(kFullWarp);  // before the next row's keys
   }
   int32_t mine = kNone;
   uint32_t last = 0xffffffffu;  // the expert taken last: out of the choice from then on
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(32 * WARPS, PER > 8 ? 4 : 8) route_rows(const 
   const RouteForwardParams& p = args.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, experts = static_cast<int>(p.experts);
   for (int e = threadIdx.x; e <= experts; e += 32 * WARPS) shared.counts[e] = 0;
-  block_barrier<5>();
+  block_barrier<4>();
 
   const bool grouped = p.groups > 1 && p.top_groups < p.groups;
   const bool probabilities = p.score == MoeScore::softmax &&
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(32 * WARPS, PER > 8 ? 4 : 8) route_rows(const 
       atomicAdd(&shared.counts[here ? mine : experts], 1u);
     }
   }
-  block_barrier<6>();
+  block_barrier<5>();
   for (int e = threadIdx.x; e <= experts; e += 32 * WARPS) args.tiles.counts[e * args.tiles.tiles + blockIdx.x] = shared.counts[e];
 }
 
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(32) route_order(const RouteForwardArgs args) {
     shared.next[e] = mine + args.tiles.counts[e * args.tiles.tiles + tile];
     if (tile == 0) p.offsets[e] = static_cast<int32_t>(mine);
   }
-  warp_barrier<7>();  // every expert's place is there
+  __syncwarp(kFullWarp);  // every expert's place is there
 
   // ---- slots in sequence
   const int64_t rows_end = (tile + 1) * args.tiles.rows < p.tokens ? (tile + 1) * args.tiles.rows : p.tokens;
@@ -306,10 +308,10 @@ __global__ void __launch_bounds__(32) route_order(const RouteForwardArgs args) {
     const uint32_t bin = !inside ? 0xffffffffu : expert >= 0 && expert < experts ? expert : experts;
     const uint32_t equal = __match_any_sync(kFullWarp, bin), below = equal & ((1u << lane) - 1);
     const uint32_t place = inside ? shared.next[bin] : 0;
-    warp_barrier<8>();  // read by all
+    warp_barrier<6>();  // read by all
     if (inside && below == 0) shared.next[bin] = place + static_cast<uint32_t>(__popc(equal));
     if (inside) p.order[place + static_cast<uint32_t>(__popc(below))] = static_cast<int32_t>(slot);
-    warp_barrier<9>();  // written, before the next slots read
+    __syncwarp(kFullWarp);  // written, before the next slots read
   }
 }
 

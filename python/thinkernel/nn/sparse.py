@@ -144,8 +144,11 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             if absorbed is None:
                 with torch.no_grad():
                     absorbed = self._absorb(q_nope, q_rope)
+            index_q, index_k, index_w = index
             loss = indexer_loss(
-                *index,
+                index_q,
+                index_k,
+                index_w,
                 absorbed.detach(),
                 kv.detach(),
                 indices=indices,

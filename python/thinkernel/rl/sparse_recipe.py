@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from thinkernel.models import ModelConfig, Transformer, preset
 from thinkernel.models.transformer import Block
 from thinkernel.nn import SparseLatentAttention
+from thinkernel.nn.sparse import Indexer
 from thinkernel.ops.sparse import indexer_topk
 from thinkernel.rl.checkpoint import write_json
 from thinkernel.rl.rollout import derive_seed
@@ -68,16 +69,17 @@ def model_config(config: RecipeConfig) -> ModelConfig:
     )
 
 
-def sparse_layers(model: Transformer) -> Iterator[tuple[Block, SparseLatentAttention]]:
+def sparse_layers(model: Transformer) -> Iterator[tuple[SparseLatentAttention, Indexer]]:
+    """The layers with an indexer of their own."""
     for block in model.blocks:
         attention = cast(Block, block).attention
-        if isinstance(attention, SparseLatentAttention):
-            yield cast(Block, block), attention
+        if isinstance(attention, SparseLatentAttention) and attention.indexer is not None:
+            yield attention, attention.indexer
 
 
 def split_parameters(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The main model's, and the indexers'."""
-    indexer = [p for _, attention in sparse_layers(model) for p in attention.indexer.parameters()]
+    indexer = [p for _, of_layer in sparse_layers(model) for p in of_layer.parameters()]
     known = set(map(id, indexer))
     return [p for p in model.parameters() if id(p) not in known], indexer
 
@@ -118,7 +120,7 @@ def attention_probabilities(attention: SparseLatentAttention, x: Tensor, rope: t
 def selection_of(attention: SparseLatentAttention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Selection:
     """x [B, S, hidden]: what the attention module reads (behind its norm)."""
     p, K = attention_probabilities(attention, x, rope), attention.top_k
-    q, k, w = attention.indexer(x, cast(Tensor, attention._queries(x, rope)[2]), rope)
+    q, k, w = cast(Indexer, attention.indexer)(x, cast(Tensor, attention._queries(x, rope)[2]), rope)
     chosen = indexer_topk(q, k, w, top_k=K)[:, K:].long()  # [B, S - K, K], no slot of them empty
     p = p[:, K:]
     largest, true = p.topk(K, dim=-1)
@@ -135,7 +137,7 @@ def selections(model: Transformer, tokens: Tensor, *, sparse: bool) -> list[Sele
     def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.append(selection_of(cast(SparseLatentAttention, module), args[0], args[1]))
 
-    hooks = [attention.register_forward_pre_hook(measure, with_kwargs=True) for _, attention in sparse_layers(model)]
+    hooks = [attention.register_forward_pre_hook(measure, with_kwargs=True) for attention, _ in sparse_layers(model)]
     try:
         model.hidden_states(tokens, sparse=sparse)
     finally:
