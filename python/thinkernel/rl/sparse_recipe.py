@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import datetime
 import math
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from thinkernel.models import ModelConfig, Transformer, preset
 from thinkernel.models.transformer import Block
 from thinkernel.nn import SparseLatentAttention
 from thinkernel.nn.sparse import Indexer
+from thinkernel.ops.dispatch import C
 from thinkernel.ops.sparse import indexer_topk
 from thinkernel.rl.checkpoint import write_json
 from thinkernel.rl.rollout import derive_seed
@@ -295,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     values = vars(parser.parse_args(argv))
     path, threads = values.pop("json"), values.pop("threads")
     torch.set_num_threads(threads)
-    record = {"torch": torch.__version__, "threads": threads, **run_recipe(RecipeConfig(**values))}
+    machine = {"machine": platform.processor() or platform.machine(), "isa": None if C is None else C.isa(), "threads": threads}
+    versions = {"torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    record = {**machine, **versions, **run_recipe(RecipeConfig(**values))}
     if path is not None:
         write_json(path, record)
         print(f"written: {path}")
