@@ -12,7 +12,7 @@
 // route_prefix sums an expert's counts over the tiles, and route_order lets one warp place a tile's slots in sequence, 32 at a time:
 // a lane's place among equal experts is the number of equal lanes below it. Slots of experts that are not here go to bin E, the last.
 //
-// The __syncwarp() without a number are those that ThreadSanitizer cannot miss on the host: there a reduction or match meets all lanes too.
+// The __syncwarp() without a number are those whose loss ThreadSanitizer cannot see on the host, where a reduction or match is a barrier too.
 #pragma once
 #include <cstdint>
 
