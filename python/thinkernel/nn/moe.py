@@ -20,12 +20,12 @@ from thinkernel.ops.moe import (
     load_balancing_loss,
     moe,
     route,
-    router_probabilities,
     router_z_loss,
     sequence_balance_loss,
     update_expert_bias,
 )
 from thinkernel.ops.moe_parallel import expert_parallel, expert_range
+from thinkernel.reference.moe import router_probabilities
 
 EXPERT_TENSORS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 

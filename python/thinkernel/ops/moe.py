@@ -295,14 +295,6 @@ def _may_keep_packed(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def router_probabilities(logits: Tensor, score: str = "softmax") -> Tensor:
-    """What a balance loss averages, [N, E] with rows that sum to 1: softmax(z), or s / Σ s for the other scores of `route`."""
-    checks.tensor("logits", logits, 2, "[N, E]")
-    checks.one_of("score", score, SCORES)
-    plain("router_probabilities", logits)
-    return reference.router_probabilities(logits, score)
-
-
 def load_balancing_loss(probs: Tensor, counts: Tensor, *, normalize: str = "one", group: Any = None) -> Tensor:
     """E / (K·T²)·Σ_e count_e·Σ_t p_te -> scalar, 1 when balanced (Megatron, Switch Transformer arXiv 2101.03961).
 

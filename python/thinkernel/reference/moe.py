@@ -313,7 +313,7 @@ def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor, *
     s = _compute(scores)
     n_expert = s.shape[-1]
     p = s / s.sum(-1, keepdim=True)  # [N, E]
-    total = s.new_zeros(())
+    total = p[:0].sum()  # 0, and differentiable without a sequence too
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds[:-1], bounds[1:]):
         counts = torch.bincount(experts[start:end].reshape(-1).long(), minlength=n_expert)
