@@ -105,7 +105,8 @@ def _module(rank: int, folder: str) -> dict[str, Any]:
     grads = torch.autograd.grad([y, losses.balance, losses.z], [x, *module.parameters()], [dy[rows], torch.ones(()), torch.ones(())])
     module.update_bias(losses.counts, rate=0.5)
     names = ["x", *dict(module.named_parameters())]
-    return {"y": y.detach(), "balance": losses.balance.detach(), "z": losses.z.detach(), "bias": module.expert_bias} | dict(zip(names, grads))
+    plain = {"y": y.detach(), "balance": losses.balance.detach(), "z": losses.z.detach(), "bias": module.expert_bias}
+    return plain | dict(zip(names, grads))
 
 
 MODULE: dict[str, Any] = dict(score="sigmoid", expert_bias=True, shared_experts=1, bias=True, scaling=1.5)
