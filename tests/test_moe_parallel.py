@@ -14,7 +14,9 @@ import thinkernel as tk
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.utils.checkpoint
 from thinkernel import nn
+from thinkernel.models import ModelConfig, Transformer
 from thinkernel.ops.dispatch import C
 from thinkernel.ops.moe_parallel import expert_parallel, expert_range
 from thinkernel.reference import moe as reference
@@ -103,10 +105,39 @@ def _module(rank: int, folder: str) -> dict[str, Any]:
     replayed = module(x, experts=losses.experts)
     assert_bitwise(replayed, y, "replay")
     grads = torch.autograd.grad([y, losses.balance, losses.z], [x, *module.parameters()], [dy[rows], torch.ones(()), torch.ones(())])
+    twice = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)  # its forward and collectives again in the backward
+    plain = torch.autograd.grad(module(x), [x, *module.parameters()], dy[rows])
+    for a, b in zip(torch.autograd.grad(twice, [x, *module.parameters()], dy[rows]), plain, strict=True):
+        assert_bitwise(a, b, "checkpointed")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = module(x)
+    cast.float().backward(dy[rows])
+    torch.testing.assert_close(cast.float(), y, rtol=0.1, atol=0.1)
     module.update_bias(losses.counts, rate=0.5)
     names = ["x", *dict(module.named_parameters())]
     plain = {"y": y.detach(), "balance": losses.balance.detach(), "z": losses.z.detach(), "bias": module.expert_bias}
     return plain | dict(zip(names, grads))
+
+
+def tiny_decoder() -> Transformer:
+    torch.manual_seed(4)
+    shape = dict(vocab_size=40, layers=2, hidden=16, heads=2, ff_dim=24, experts=5, experts_per_token=2, expert_dim=12, init_std=0.3)
+    return Transformer(ModelConfig(**shape))
+
+
+def decoder_step(model: Transformer, rows: slice) -> dict[str, Tensor]:
+    """A training forward on some rows of a batch, the loss a sum over tokens."""
+    tokens = Draw(7).integers(0, 40, 6, 10, dtype=torch.int64)[rows]
+    out = model(tokens[:, :-1], targets=tokens[:, 1:], lengths=torch.tensor([9, 4, 9, 9, 7, 2])[rows], return_losses=True)
+    out.logprob.square().sum().backward()
+    return {"logprob": out.logprob.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _decoder(rank: int) -> dict[str, Tensor]:
+    model = tiny_decoder()
+    for block in model.blocks:
+        block.feed_forward.shard(dist.group.WORLD)
+    return decoder_step(model, slice(0, 4) if rank == 0 else slice(4, None))
 
 
 MODULE: dict[str, Any] = dict(score="sigmoid", expert_bias=True, shared_experts=1, bias=True, scaling=1.5)
@@ -159,7 +190,8 @@ def _losses(rank: int, cut: int) -> dict[str, Any]:
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    found = {"experts": _experts(rank), "module": _module(rank, folder), "losses": _losses(rank, 20), "none": _losses(rank, 0)}
+    found = {"experts": _experts(rank), "module": _module(rank, folder), "decoder": _decoder(rank)}
+    found |= {"losses": _losses(rank, 20), "none": _losses(rank, 0)}
     errors = []
     for change in (dict(w_down=torch.zeros(7, 8, 4)), dict(group="model"), dict(experts=torch.zeros(3, 2))):
         arguments: dict[str, Any] = dict(
@@ -219,6 +251,15 @@ def test_module_equals_one_process(ranks: list[dict[str, Any]]) -> None:
         for n, value in (("balance", losses.balance), ("z", losses.z)):
             assert_bitwise(part[n], parts[0][n], n)
             torch.testing.assert_close(part[n], value.detach(), rtol=1e-6, atol=0)
+
+
+def test_decoder_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    parts = [rank["decoder"] for rank in ranks]
+    for n, want in decoder_step(tiny_decoder(), slice(None)).items():
+        if n == "logprob" or n.endswith(("w_gate_up", "w_down")):
+            assert_bitwise(torch.cat([part[n] for part in parts]), want, n)
+        else:  # the gradient of what every rank has a copy of is added up by whoever trains
+            torch.testing.assert_close(parts[0][n] + parts[1][n], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cut, key", [(20, "losses"), (0, "none")])
