@@ -223,7 +223,7 @@ INDEXER = {
         "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
     },
     ("sm_100", "half"): {
-        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 8, 2), "key": Tile(64, 128, 8, 2),
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
         "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
     },
     ("sm_80", "float"): {

@@ -47,7 +47,7 @@ def columns(r, block, r_stop, H: tl.constexpr, COLUMNS: tl.constexpr, HB: tl.con
 def add_product(acc, e, x):
     """acc + e·x with e (float32) rounded to x's type; float16 gets e scaled to at most 2, so that nothing underflows."""
     if x.dtype == tl.float16:
-        size = tl.max(tl.max(tl.abs(e), 1), 0).to(tl.int32, bitcast=True) >> 23
+        size = tl.max(tl.abs(e)).to(tl.int32, bitcast=True) >> 23
         size = tl.where((size > 252) | (size < 2), 127, size)
         scale = ((254 - size) << 23).to(tl.float32, bitcast=True)
         part = dot((e * scale).to(tl.float16), x, tl.zeros(acc.shape, tl.float32))
