@@ -305,7 +305,7 @@ def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool
 
 def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int) -> Tile:
     """The tile of a kernel over chosen blocks of keys, or of their choice, for this padded head dim."""
-    return Tile(16, 16, 1, 1) if INTERPRET else SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
+    return Tile(32, 16, 1, 1) if INTERPRET else SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
 
 
 def descriptors(device: torch.device) -> bool:

@@ -274,9 +274,10 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
     width = max(block_d + rest_d, block_dv)
     level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=q.device)
     wide = any(is_wide(x.stride(1), 128) for x in (q, k, v, out))
+    rows = 64 if configs.INTERPRET else 16
     launch(
-        _rows_kernel, (B * H * triton.cdiv(S, 16),), out, dout, lse, None, None, level, delta, None, S, H, *out.stride()[:3],
-        *dout.stride()[:3], *lse.stride(), 0, 0, 0, DV=Dv, BLOCK_DV=block_dv, M=16, SINKS=False, DLSE=False, WIDE=wide,
+        _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, None, None, level, delta, None, S, H, *out.stride()[:3],
+        *dout.stride()[:3], *lse.stride(), 0, 0, 0, DV=Dv, BLOCK_DV=block_dv, M=rows, SINKS=False, DLSE=False, WIDE=wide,
         warps=4, stages=1, device=q.device)
     shapes = dict(D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, PACKED=cu_seqlens is not None, WIDE=wide, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])

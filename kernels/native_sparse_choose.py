@@ -21,6 +21,8 @@ from . import configs
 from .attention_tiles import LOG2E, blocks, floor_divide, load_rows, packed_rows, packed_tile, power, tiles
 from .primitives import convert, dot, launch
 
+_LOWEST = tl.constexpr(-(2**63))
+_HIGHEST = tl.constexpr(2**63 - 1)
 MAX_SPAN = 128  # compressed keys that one block's score may sum
 
 
@@ -178,64 +180,66 @@ def _mean_score_kernel(q_ptr, mean_ptr, score_ptr, cu_ptr, S, T, H, G, n_tiles, 
 
 
 @triton.jit
-def _keys(score_ptr, j, count, own, MEANS: tl.constexpr):
-    """Of blocks j: whole numbers in the order of the choice, all different; what is always chosen comes first."""
+def _keys(score_at, j, count, own, MEANS: tl.constexpr):
+    """Of blocks j, for rows of `count` blocks each: whole numbers in the order of the choice, all different; what is always chosen comes
+    first, blocks past the end last. [ROWS, SOME]"""
     if MEANS:
-        forced = j == own
+        forced = j[None, :] == own[:, None]
     else:
-        forced = (j == 0) | (j >= own - 1)
-    score = tl.load(score_ptr + j, mask=(j < count) & ~forced, other=0.0)
+        forced = (j == 0)[None, :] | (j[None, :] >= own[:, None] - 1)
+    there = j[None, :] < count[:, None]
+    score = tl.load(score_at[:, None] + j[None, :], mask=there & ~forced, other=0.0)
     score = tl.where(score == score, tl.maximum(score, -3e38), -3e38) + 0.0  # NaN last; −0 is 0
     bits = score.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where(forced, 0x7FFFFFFF, order).to(tl.int64)
-    return tl.where(j < count, order * 4294967296 + (2147483647 - j).to(tl.int64), -9223372036854775808)
+    return tl.where(there, order * 4294967296 + (2147483647 - j[None, :]).to(tl.int64), _LOWEST)
 
 
 @triton.jit(do_not_specialize=["S", "T", "n_tiles", "n_sequences", "first_tile", "ld", "slots"])
 def _choose_kernel(score_ptr, indices_ptr, cu_ptr, seqlens_ptr, S, T, X, n_tiles, n_sequences, first_tile, ld, slots,
-                   QUERIES: tl.constexpr, BLOCK: tl.constexpr, MEANS: tl.constexpr, SOME: tl.constexpr, ALL: tl.constexpr,
-                   PACKED: tl.constexpr, CACHE: tl.constexpr):
-    """One program: the choice of one query and choosing head, ascending, −1 behind. SOME blocks at a time; ALL: one time is enough."""
+                   QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEANS: tl.constexpr, SOME: tl.constexpr,
+                   ALL: tl.constexpr, PACKED: tl.constexpr, CACHE: tl.constexpr):
+    """One program: the choices of ROWS queries of a tile and one choosing head, ascending, −1 behind. SOME blocks at a time; ALL: one time
+    is enough."""
+    PARTS: tl.constexpr = QUERIES // ROWS
     pid = tl.program_id(0)
     x = pid % X
-    local = pid // X
+    local = pid // X // PARTS
     S_all = S
-    b, sequence, first, q0, S, T = locate(
-        first_tile + local // QUERIES, n_tiles, cu_ptr, seqlens_ptr, S, T, n_sequences, QUERIES, PACKED, CACHE)
-    t = q0 + local % QUERIES
-    if t < S:
-        p = t + T - S
-        own = floor_divide(p, BLOCK)
-        count = tl.maximum(own + 1, 0)
-        kept = tl.minimum(slots, count)
-        score_ptr += (local.to(tl.int64) * X + x) * ld
-        indices_ptr += ((b * S_all + first + t) * X + x) * slots
-        j = tl.arange(0, SOME)
-        key = _keys(score_ptr, j, tl.where(ALL, count, 0), own, MEANS)
+    b, sequence, first, q0, S, T = locate(first_tile + local, n_tiles, cu_ptr, seqlens_ptr, S, T, n_sequences, QUERIES, PACKED, CACHE)
+    i = (pid // X) % PARTS * ROWS + tl.arange(0, ROWS)
+    t = q0 + i  # [ROWS]
+    own = floor_divide(t + T - S, BLOCK)
+    count = tl.where(t < S, tl.maximum(own + 1, 0), 0)
+    most = tl.max(count, 0)
+    kept = tl.minimum(slots, count)
+    score_at = score_ptr + ((local.to(tl.int64) * QUERIES + i) * X + x) * ld
+    to = indices_ptr + ((b * S_all + first + t) * X + x) * slots
+    j = tl.arange(0, SOME)
+    key = _keys(score_at, j, count if ALL else count * 0, own, MEANS)
 
-        # The kept-th largest key: each time the largest below the one before.
-        least = tl.full([], 9223372036854775807, tl.int64)
-        if kept == count:
-            least = tl.full([], -9223372036854775807, tl.int64)
-        for _ in range(0, tl.where(kept == count, 0, kept)):
-            best = tl.full([], -9223372036854775808, tl.int64)
-            if ALL:
-                best = tl.max(tl.where(key < least, key, -9223372036854775808), 0)
-            else:
-                for at in range(0, count, SOME):
-                    some = _keys(score_ptr, at + j, count, own, MEANS)
-                    best = tl.maximum(best, tl.max(tl.where(some < least, some, -9223372036854775808), 0))
-            least = best
+    # Each row's kept-th largest key: time after time the largest below the one before.
+    least = tl.where(kept == count, _LOWEST + 1, _HIGHEST)
+    for step in range(0, tl.max(tl.where(kept == count, 0, kept), 0)):
+        best = tl.full([ROWS], _LOWEST, tl.int64)
+        if ALL:
+            best = tl.max(tl.where(key < least[:, None], key, _LOWEST), 1)
+        else:
+            for at in range(0, most, SOME):
+                some = _keys(score_at, at + j, count, own, MEANS)
+                best = tl.maximum(best, tl.max(tl.where(some < least[:, None], some, _LOWEST), 1))
+        least = tl.where((step < kept) & (kept < count), best, least)
 
-        done = 0
-        for at in range(0, count, SOME):
-            some = _keys(score_ptr, at + j, count, own, MEANS)
-            chosen = (some >= least).to(tl.int32)
-            tl.store(indices_ptr + done + tl.cumsum(chosen, 0) - 1, at + j, mask=chosen > 0)
-            done += tl.sum(chosen, 0)
-        for at in range(kept, slots, SOME):
-            tl.store(indices_ptr + at + j, tl.full([SOME], -1, tl.int32), mask=at + j < slots)
+    done = tl.zeros([ROWS], tl.int32)
+    for at in range(0, most, SOME):
+        chosen = (_keys(score_at, at + j, count, own, MEANS) >= least[:, None]).to(tl.int32)
+        place = done[:, None] + tl.cumsum(chosen, 1) - 1
+        tl.store(to[:, None] + place, tl.broadcast_to((at + j)[None, :], place.shape), mask=chosen > 0)
+        done += tl.sum(chosen, 1)
+    for at in range(0, slots, SOME):
+        behind = (at + j < slots)[None, :] & (at + j[None, :] >= kept[:, None]) & (t < S)[:, None]
+        tl.store(to[:, None] + (at + j)[None, :], tl.full([ROWS, SOME], -1, tl.int32), mask=behind)
 
 
 def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int, block: int, compress_block: int = 0, stride: int = 1,
@@ -262,6 +266,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
     chunk = min(every, max(1, configs.SCORE_BYTES // (4 * queries * X * max(ld, 1))))
     scores = torch.empty(chunk * queries * X * ld, dtype=torch.float32, device=q.device)
     packed, some = cu_seqlens is not None, max(16, min(1024, triton.next_power_of_2(max(ld, 1))))
+    rows = queries if configs.INTERPRET else min(queries, 4)
     n_blocks, averages = tiles(T, block, cu_seqlens), None
     if means:
         averages = torch.empty((B * n_blocks, Hkv, D), dtype=torch.float32, device=q.device)
@@ -287,6 +292,6 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
                 COLUMNS=max(16, triton.next_power_of_2(per)), BLOCK=block, COMPRESS=compress_block, STRIDE=stride, PACKED=packed,
                 CACHE=seqlens is not None, warps=tile.warps, stages=tile.stages, device=q.device)
         launch(
-            _choose_kernel, (count * queries * X,), scores, indices, cu_seqlens, seqlens, S, T, X, n_tiles, n_sequences, first, ld, slots,
-            QUERIES=queries, BLOCK=block, MEANS=means, SOME=some, ALL=ld <= some, PACKED=packed, CACHE=seqlens is not None,
+            _choose_kernel, (count * (queries // rows) * X,), scores, indices, cu_seqlens, seqlens, S, T, X, n_tiles, n_sequences, first, ld, slots,
+            QUERIES=queries, ROWS=rows, BLOCK=block, MEANS=means, SOME=some, ALL=ld <= some, PACKED=packed, CACHE=seqlens is not None,
             warps=1 if some <= 256 else 4, stages=1, device=q.device)

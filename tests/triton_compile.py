@@ -27,6 +27,10 @@ from thinkernel.kernels import (
     grpo_policy,
     linear,
     mla,
+    native_sparse,
+    native_sparse_backward,
+    native_sparse_choose,
+    native_sparse_walk,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -97,7 +101,8 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla):
+        families = (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla)
+        for module in (*families, native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk):
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -209,3 +214,39 @@ def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: b
     x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
     b, out = torch.empty(1024, dtype=dtype) if bias else None, torch.empty(rows, 1024, dtype=dtype)
     return lambda: linear.linear(x, w.t() if transposed else w, b, out)
+
+
+def block_sparse_calls(dtype: torch.dtype, D: int = 128, Dv: int = 128, *, H: int = 32, Hkv: int = 2, moba: bool = False, block: int = 64,
+                       slots: int = 16, packed: bool = False, cache: bool = False, S: int = 512, T: int = 4096) -> dict[str, Callable[[], None]]:
+    """The choice, attention over what is chosen, and its backward: NSA's own sizes, or MoBA's."""
+    T = S if packed else T
+    X = H if moba else Hkv
+    q, k, v = torch.empty(1, S, H, D, dtype=dtype), torch.empty(1, T, Hkv, D, dtype=dtype), torch.empty(1, T, Hkv, Dv, dtype=dtype)
+    kc, out, lse = torch.empty(1, T // 16 - 1, Hkv, D, dtype=dtype), torch.empty(1, S, H, Dv, dtype=dtype), torch.empty(1, S, H)
+    indices = torch.zeros(1, S, X, slots, dtype=torch.int32)
+    cu = torch.tensor([0, 100, S], dtype=torch.int32) if packed else None
+    if packed:
+        q, k, v, kc, out, lse, indices = (x[0] for x in (q, k, v, kc, out, lse, indices))
+    counts = torch.tensor([T], dtype=torch.int32) if cache else None
+    more = dict(compress_block=32, stride=16, scale=0.1, cu_compressed=cu, seqlens=counts)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    return {
+        "choose": lambda: native_sparse_choose.choose(
+            q, k if moba else kc, None if moba else lse, indices, T=T, block=block, cu_seqlens=cu, **({} if moba else more)),
+        "forward": lambda: native_sparse.block_attention(
+            q, k, v, indices, out, lse, block=block, scale=0.1, cu_seqlens=cu, seqlens=counts),
+        "backward": lambda: native_sparse_backward.block_backward(
+            q, k, v, indices, out, lse, out, dq, dk, dv, block=block, scale=0.1, cu_seqlens=cu),
+    }
+
+
+def branch_gates_calls(dtype: torch.dtype, Dv: int = 128) -> Callable[[], None]:
+    """The sum of branches, its backward, the sum without gates."""
+    branches, gates, out = torch.empty(3, 1, 512, 32, Dv, dtype=dtype), torch.empty(1, 512, 32, 3, dtype=dtype), torch.empty(1, 512, 32, Dv, dtype=dtype)
+
+    def call() -> None:
+        native_sparse.branch_gates(branches.unbind(), gates, out)
+        native_sparse.branch_gates_backward(branches, gates, out, torch.empty_like(branches), torch.empty_like(gates))
+        native_sparse.branch_gates(branches.unbind(), None, out)
+
+    return call
