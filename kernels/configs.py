@@ -345,7 +345,7 @@ def key_split() -> int:
 
 
 def segment() -> int:
-    return 64 if INTERPRET else SEGMENT
+    return 32 if INTERPRET else SEGMENT
 
 
 def vocabulary_split() -> int:
