@@ -203,8 +203,8 @@ MLA_DECODE = {
     ("sm_100", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 1)},
 }
 
-# Attention over chosen blocks and the choice (native_sparse*.py). m rows are (query, head that shares the choice), n keys at most those of a
-# block (64 in NSA); "blocks_kv": n keys stay. "scores": m rows against n compressed keys, "means": m queries of a head against n blocks.
+# Attention over chosen blocks and the choice (native_sparse*.py). m rows are (query, head that shares the choice), n keys at most those of
+# a block (64 in NSA); "blocks_kv": n keys stay. "scores": m rows against n compressed keys, "means": m queries of a head against n blocks.
 SPARSE = {
     "blocks": {
         ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -216,7 +216,7 @@ SPARSE = {
     },
     "blocks_q": {
         ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 192: Tile(64, 32, 8, 1), 256: Tile(64, 32, 8, 1)},
-        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 2)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 3)},
         ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 2)},
         ("sm_80", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
         ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -224,10 +224,10 @@ SPARSE = {
     },
     "blocks_kv": {
         ("sm_80", "half"): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
-        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
         ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
         ("sm_80", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
-        ("sm_90", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
         ("sm_100", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     },
     "scores": {

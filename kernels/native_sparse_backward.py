@@ -1,7 +1,7 @@
 """Backward of attention over chosen blocks of keys: dQ by tiles of queries, dK and dV by blocks of keys (no atomics).
 
-Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, U choosing heads, R = H / U heads that share a choice, D head dim, Dv value
-dim, n blocks of a choice, M and N the rows and keys of a tile. Query i sits at p = i + T − S.
+Shapes: B batch, S queries, T keys, H query heads, Hkv key heads, U choosing heads, R = H / U heads that share a choice, D head dim,
+Dv value dim, n blocks of a choice, M and N the rows and keys of a tile. Query i sits at p = i + T − S.
 
     P = exp(s − lse),  Δ = Σ_d dO·O,  dS = P∘(dO·Vᵀ − Δ),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q,  dV = Pᵀ·dO
 
@@ -12,7 +12,7 @@ the list, so the order of all sums is that of the sequence alone.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -216,7 +216,7 @@ class Lists(NamedTuple):
     first: Tensor  # [lists] int32, its first segment, and the one behind its last
     end: Tensor
     places: Tensor  # [lists] int32, where its sums begin, −1: of one segment
-    count: int
+    n_segments: int  # at most
     n_blocks: int  # of a row of the batch
     n_places: int
 
@@ -246,17 +246,17 @@ def lists_of(indices: Tensor, T: int, Hkv: int, block: int, segment: int, cu_seq
     end = segments.cumsum(0)
     several = torch.where(segments > 1, segments, 0)
     places = torch.where(segments > 1, several.cumsum(0) - several, -1)
-    count = n_lists + n_pairs // segment
-    owners = torch.searchsorted(end, torch.arange(count, device=device), right=True)
+    n_segments = n_lists + n_pairs // segment
+    owners = torch.searchsorted(end, torch.arange(n_segments, device=device), right=True)
     first, end, places, owners = (x.int() for x in (end - segments, end, places, owners))
-    return Lists(pairs.to(small), starts, owners, first, end, places, count, n_blocks, 2 * n_pairs // segment)
+    return Lists(pairs.to(small), starts, owners, first, end, places, n_segments, n_blocks, 2 * n_pairs // segment)
 
 
 def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor,
                    dv: Tensor, *, block: int, scale: float, cu_seqlens: Tensor | None = None) -> None:
     """Fills dq, dk, dv (shapes of q, k, v) from dout [B,S,H,Dv]; out and lse are block_attention's. All but q, k, v contiguous.
 
-    Extra memory: float32 level and delta [B,H,S], the lists, and sums of the segments, at most 8 bytes · (D + Dv) for each of N/SEGMENT pairs' rows.
+    Extra memory: float32 level and delta [B,H,S]; the lists, 20 bytes a pair while they are sorted; the segments' sums.
     """
     n_sequences = 0
     if cu_seqlens is not None:
@@ -279,7 +279,8 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
         _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, None, None, level, delta, None, S, H, *out.stride()[:3],
         *dout.stride()[:3], *lse.stride(), 0, 0, 0, DV=Dv, BLOCK_DV=block_dv, M=rows, SINKS=False, DLSE=False, WIDE=wide,
         warps=4, stages=1, device=q.device)
-    shapes = dict(D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, PACKED=cu_seqlens is not None, WIDE=wide, device=q.device)
+    shapes: dict[str, Any] = dict(
+        D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, PACKED=cu_seqlens is not None, WIDE=wide, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
 
     tile = configs.sparse_tile("blocks_q", q.device, q.dtype, width)
@@ -297,7 +298,7 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
     dk_part, dv_part = (torch.empty((max(lists.n_places, 1), block, n), dtype=torch.float32, device=q.device) for n in (D, Dv))
     n_lists = len(lists.first)
     launch(
-        _block_keys_kernel, (lists.count * pieces,), q, k, v, dout, level, delta, dk, dv, dk_part, dv_part, lists.pairs, lists.starts,
+        _block_keys_kernel, (lists.n_segments * pieces,), q, k, v, dout, level, delta, dk, dv, dk_part, dv_part, lists.pairs, lists.starts,
         lists.owners, lists.first, lists.places, cu_seqlens, S, T, H, Hkv, lists.n_blocks, n_sequences, n_lists, *strides, float(scale),
         U=U, R=shared, SLOTS=slots, M=tile.m, N=keys, PAIRS=pairs, PARTS=triton.cdiv(shared, tile.m) if shared > tile.m else 1,
         SEGMENT=segment, BLOCK=block, PIECES=pieces, **shapes, warps=tile.warps, stages=tile.stages)

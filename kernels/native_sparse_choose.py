@@ -23,6 +23,7 @@ from .primitives import convert, dot, launch
 
 _LOWEST = tl.constexpr(-(2**63))
 _HIGHEST = tl.constexpr(2**63 - 1)
+MOST = 1024  # block scores of a row looked at at a time
 MAX_SPAN = 128  # compressed keys that one block's score may sum
 
 
@@ -59,8 +60,8 @@ def _exact_sums(x, weights):
 
 
 @triton.jit(do_not_specialize=["S", "T", "n_tiles", "n_sequences", "first_tile", "ld"])
-def _probability_kernel(q_ptr, k_ptr, lse_ptr, score_ptr, cu_ptr, cu_keys_ptr, seqlens_ptr, S, T, HKV, G, n_tiles, n_sequences, first_tile, ld,
-                        stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, scale,
+def _probability_kernel(q_ptr, k_ptr, lse_ptr, score_ptr, cu_ptr, cu_keys_ptr, seqlens_ptr, S, T, HKV, G, n_tiles, n_sequences,
+                        first_tile, ld, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, scale,
                         D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr,
                         HEAD_TILES: tl.constexpr, N: tl.constexpr, PER: tl.constexpr, COLUMNS: tl.constexpr,
                         BLOCK: tl.constexpr, COMPRESS: tl.constexpr, STRIDE: tl.constexpr, PACKED: tl.constexpr, CACHE: tl.constexpr):
@@ -243,7 +244,8 @@ def _choose_kernel(score_ptr, indices_ptr, cu_ptr, seqlens_ptr, S, T, X, n_tiles
 
 
 def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int, block: int, compress_block: int = 0, stride: int = 1,
-           scale: float = 1.0, cu_seqlens: Tensor | None = None, cu_compressed: Tensor | None = None, seqlens: Tensor | None = None) -> None:
+           scale: float = 1.0, cu_seqlens: Tensor | None = None, cu_compressed: Tensor | None = None,
+           seqlens: Tensor | None = None) -> None:
     """Fills indices int32 [B,S,X,n]: ascending, −1 behind.
 
     NSA: X = Hkv, k are the compressed keys [B,Tc,Hkv,D] and lse [B,S,H] that of attention over them. MoBA (compress_block 0): X = H, k are
@@ -265,7 +267,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
     every = n_tiles * B
     chunk = min(every, max(1, configs.SCORE_BYTES // (4 * queries * X * max(ld, 1))))
     scores = torch.empty(chunk * queries * X * ld, dtype=torch.float32, device=q.device)
-    packed, some = cu_seqlens is not None, max(16, min(1024, triton.next_power_of_2(max(ld, 1))))
+    packed, some = cu_seqlens is not None, max(16, min(MOST, triton.next_power_of_2(max(ld, 1))))
     rows = queries if configs.INTERPRET else min(queries, 4)
     n_blocks, averages = tiles(T, block, cu_seqlens), None
     if means:
@@ -292,6 +294,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
                 COLUMNS=max(16, triton.next_power_of_2(per)), BLOCK=block, COMPRESS=compress_block, STRIDE=stride, PACKED=packed,
                 CACHE=seqlens is not None, warps=tile.warps, stages=tile.stages, device=q.device)
         launch(
-            _choose_kernel, (count * (queries // rows) * X,), scores, indices, cu_seqlens, seqlens, S, T, X, n_tiles, n_sequences, first, ld, slots,
+            _choose_kernel, (count * (queries // rows) * X,), scores, indices, cu_seqlens, seqlens, S, T, X, n_tiles, n_sequences,
+            first, ld, slots,
             QUERIES=queries, ROWS=rows, BLOCK=block, MEANS=means, SOME=some, ALL=ld <= some, PACKED=packed, CACHE=seqlens is not None,
             warps=1 if some <= 256 else 4, stages=1, device=q.device)

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .attention_tiles import blocks, floor_divide, tiles
+from .attention_tiles import floor_divide, tiles
 from .native_sparse_choose import locate
 from .primitives import launch
 
@@ -62,7 +61,7 @@ def steps_of(list_ptr, count, p_last, N: tl.constexpr, BLOCK: tl.constexpr, PIEC
 
 @triton.jit
 def step_keys(list_ptr, named_ptr, step, i, p, N: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """-> the first key of tile `step`, how many of its N are of the block, which of them each row (query i of the tile, at p) sees [M, N]."""
+    """-> the first key of tile `step`, how many of its N are of the block, which each row (query i of the tile, at p) sees [M, N]."""
     entry = step // PIECES
     piece = (step % PIECES) * N
     n0 = tl.load(list_ptr + entry) * BLOCK + piece

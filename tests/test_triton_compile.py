@@ -19,6 +19,8 @@ HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]  # one for each width
 ROW_KERNELS = (  # no matrix product in these
     "_rows_kernel", "_merge_kernel", "_logits_forward_kernel", "_logits_merge_kernel", "_logits_backward_kernel", "_sequence_kernel",
     "_token_kernel", "_sequence_ratio_kernel", "_metrics_kernel", "_groups_kernel", "_batch_kernel", "_append_kernel", "_gather_kernel",
+    "_choose_kernel", "_means_kernel", "_mean_score_kernel", "_unions_kernel", "_block_sums_kernel", "_gates_kernel",
+    "_gates_backward_kernel",
 )  # fmt: skip
 
 
@@ -81,6 +83,16 @@ def mla_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         calls[f"decode FP8 one split, paged {paged}"] = aot.mla_decode_call(dtype, fp8=True, paged=paged, T=1000)
         calls[f"decode FP8 prefix, paged {paged}"] = aot.mla_decode_call(dtype, fp8=True, paged=paged, prefix=2100)
     return calls
+
+
+def sparse_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
+    """NSA at the paper's sizes; packed; from a cache; with a group of three, which fills no tile; MoBA."""
+    forms = {
+        "nsa": {}, "nsa packed": dict(packed=True), "nsa cache": dict(cache=True), "nsa three heads": dict(H=6, Hkv=2),
+        "moba": dict(moba=True, H=8, block=512, slots=3), "moba packed": dict(moba=True, H=8, block=500, slots=12, packed=True),
+    }
+    calls = {f"{form} {name}": call for form, more in forms.items() for name, call in aot.block_sparse_calls(dtype, D, Dv, **more).items()}
+    return {name: call for name, call in calls.items() if name != "nsa cache backward"} | {"gates": aot.branch_gates_calls(dtype, Dv)}
 
 
 def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
@@ -164,6 +176,11 @@ def test_mla_on_hopper(name: str) -> None:
     check("sm_90", HALF, mla_calls(HALF)[name])
 
 
+@pytest.mark.parametrize("name", ["nsa choose", "nsa forward", "nsa backward", "gates"])
+def test_native_sparse_on_hopper(name: str) -> None:
+    check("sm_90", HALF, sparse_calls(HALF, 128, 128)[name])
+
+
 @pytest.mark.parametrize("name", ["forward", "decode"])
 def test_attention_float32_has_no_tf32(name: str) -> None:
     check("sm_90", FLOAT, attention_calls(FLOAT, 64, 64)[name])
@@ -190,6 +207,11 @@ class TestEverything:
         if (arch, name) in MLA_OPEN and dtype != FLOAT:
             request.applymarker(pytest.mark.xfail(reason=MLA_OPEN[arch, name], strict=True))
         check(arch, dtype, mla_calls(dtype)[name])
+
+    @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+    @pytest.mark.parametrize("name", list(sparse_calls(HALF, 64, 64)))
+    def test_native_sparse(self, name: str, head_dims: tuple[int, int], arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, sparse_calls(dtype, *head_dims)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))

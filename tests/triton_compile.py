@@ -217,9 +217,9 @@ def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: b
 
 
 def block_sparse_calls(dtype: torch.dtype, D: int = 128, Dv: int = 128, *, H: int = 32, Hkv: int = 2, moba: bool = False, block: int = 64,
-                       slots: int = 16, packed: bool = False, cache: bool = False, S: int = 512, T: int = 4096) -> dict[str, Callable[[], None]]:
+                       slots: int = 16, packed: bool = False, cache: bool = False) -> dict[str, Callable[[], None]]:
     """The choice, attention over what is chosen, and its backward: NSA's own sizes, or MoBA's."""
-    T = S if packed else T
+    S, T = 512, 512 if packed else 4096
     X = H if moba else Hkv
     q, k, v = torch.empty(1, S, H, D, dtype=dtype), torch.empty(1, T, Hkv, D, dtype=dtype), torch.empty(1, T, Hkv, Dv, dtype=dtype)
     kc, out, lse = torch.empty(1, T // 16 - 1, Hkv, D, dtype=dtype), torch.empty(1, S, H, Dv, dtype=dtype), torch.empty(1, S, H)
@@ -242,7 +242,8 @@ def block_sparse_calls(dtype: torch.dtype, D: int = 128, Dv: int = 128, *, H: in
 
 def branch_gates_calls(dtype: torch.dtype, Dv: int = 128) -> Callable[[], None]:
     """The sum of branches, its backward, the sum without gates."""
-    branches, gates, out = torch.empty(3, 1, 512, 32, Dv, dtype=dtype), torch.empty(1, 512, 32, 3, dtype=dtype), torch.empty(1, 512, 32, Dv, dtype=dtype)
+    branches, gates = torch.empty(3, 1, 512, 32, Dv, dtype=dtype), torch.empty(1, 512, 32, 3, dtype=dtype)
+    out = torch.empty(1, 512, 32, Dv, dtype=dtype)
 
     def call() -> None:
         native_sparse.branch_gates(branches.unbind(), gates, out)

@@ -13,6 +13,7 @@ import torch
 from test_rule import DTYPES
 from thinkernel.kernels import configs
 from thinkernel.kernels import native_sparse as kernels
+from thinkernel.kernels import native_sparse_choose as choose_kernels
 from thinkernel.ops.native_sparse import block_attention_op, native_sparse_attention_op
 from thinkernel.reference import native_sparse as reference
 from thinkernel.testing.cases import CASES, Case
@@ -26,8 +27,8 @@ NAMES = ("q", "k", "v", "k_compressed", "v_compressed", "gates")
 ORDER = ("block", "compress_block", "stride", "top_n", "window")
 ODD = dict(block=6, compress_block=9, stride=3, top_n=3, window=1)  # compressed blocks longer than the blocks chosen
 TINY = [
-    # sequences of 17 and 11, one of one token between them
-    _nsa_row("tiny", lambda draw: nsa_inputs(draw, 1, 0, 0, 2, 1, 9, 17, SMALL, (17, 1, 11)), SMALL),
+    # the first block's list has two segments; a sequence of one token
+    _nsa_row("tiny", lambda draw: nsa_inputs(draw, 1, 0, 0, 2, 1, 9, 17, SMALL, (19, 1)), SMALL),
     _moba_row("tiny-moba", lambda draw: _qkv(draw, 1, 7, 40, 2, 1, 17, 9), 20, 2),  # a block of two tiles, T > S
 ]
 MORE = [
@@ -82,12 +83,11 @@ def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("chunks", [False, True], ids=["at once", "in chunks"])
-def test_the_choice_is_the_references(chunks: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 blocks of which 6 are chosen; scores held all at once, or of one tile of queries at a time."""
-    if chunks:
+def test_the_choice_is_the_references(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 blocks of which 6 are chosen; float16 with the scores of one tile of queries at a time."""
+    if dtype == torch.float16:
         monkeypatch.setattr(configs, "SCORE_BYTES", 1)
-    S, T, top = 35, 200, 6
+    S, T, top = 19, 200, 6
     sizes = dict(block=8, compress_block=4, stride=2, top_n=top, window=6)
     inputs = nsa_inputs(Draw(9, dtype), 1, S, T, 4, 2, 16, 16, sizes)
     wide = {n: x.double() for n, x in inputs.items()}
@@ -104,24 +104,25 @@ def test_the_choice_is_the_references(chunks: bool, dtype: torch.dtype, monkeypa
 
 
 def test_ties_go_to_the_lower_block_and_nan_comes_last() -> None:
-    inputs = nsa_inputs(Draw(1), 1, 6, 80, 4, 2, 16, 16, SMALL)
+    inputs = nsa_inputs(Draw(1), 1, 6, 80, 2, 1, 16, 16, SMALL)
     inputs["q"].zero_()
-    assert chosen_by_nsa(inputs, SMALL)[0, 5].tolist() == [[0, 1, 8, 9]] * 2
-    assert chosen_by_moba(inputs, 8, 4)[0, 5].tolist() == [[0, 1, 2, 9]] * 4
+    assert chosen_by_nsa(inputs, SMALL)[0, 5].tolist() == [[0, 1, 8, 9]]
+    assert chosen_by_moba(inputs, 8, 4)[0, 5].tolist() == [[0, 1, 2, 9]] * 2
     first = {n: inputs[n][:, :6] for n in NAMES[:3]}
-    assert chosen_by_moba(first, 8, 4)[0, 5].tolist() == [[0, -1, -1, -1]] * 4
+    assert chosen_by_moba(first, 8, 4)[0, 5].tolist() == [[0, -1, -1, -1]] * 2
     inputs["k"][0, 3] = torch.nan  # the mean of block 0
-    assert chosen_by_moba(inputs, 8, 4)[0, 5].tolist() == [[1, 2, 3, 9]] * 4
+    assert chosen_by_moba(inputs, 8, 4)[0, 5].tolist() == [[1, 2, 3, 9]] * 2
 
 
-def test_more_blocks_than_are_looked_at_at_a_time() -> None:
-    """1100 blocks of one key: the choice goes over them twice, and finds what torch's top-k does."""
-    q, k = torch.randn(1, 3, 1, 16), torch.randn(1, 1100, 1, 16)
+def test_more_blocks_than_are_looked_at_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 blocks of one key, 16 at a time: the choice goes over them several times, and finds what torch's top-k does."""
+    monkeypatch.setattr(choose_kernels, "MOST", 16)
+    q, k = torch.randn(1, 3, 1, 16), torch.randn(1, 50, 1, 16)
     indices = torch.full((1, 3, 1, 5), -7, dtype=torch.int32)
-    kernels.choose(q, k, None, indices, T=1100, block=1)
+    kernels.choose(q, k, None, indices, T=50, block=1)
     scores = (q[0, :, 0].double() @ k[0, :, 0].double().T)
     for t, found in enumerate(indices[0, :, 0].tolist()):
-        own = 1097 + t
+        own = 47 + t
         assert found == sorted([own, *scores[t, :own].topk(4).indices.tolist()])
 
 
@@ -140,8 +141,8 @@ def results(run: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("form", ["nsa", "moba"])
 def test_bits_do_not_depend_on_the_run_or_the_neighbours(form: str) -> None:
     """Twice the same; the second sequence alone, and behind another in a packed tensor."""
-    inputs = nsa_inputs(Draw(2, torch.float16), 1, 21, 21, 4, 2, 16, 16, SMALL)
-    other = nsa_inputs(Draw(3, torch.float16), 1, 13, 13, 4, 2, 16, 16, SMALL)
+    inputs = nsa_inputs(Draw(2, torch.float16), 1, 17, 17, 2, 1, 16, 16, SMALL)
+    other = nsa_inputs(Draw(3, torch.float16), 1, 5, 5, 2, 1, 16, 16, SMALL)
     names = NAMES if form == "nsa" else NAMES[:3]
 
     def run(**x: Tensor) -> Tensor:
@@ -150,9 +151,9 @@ def test_bits_do_not_depend_on_the_run_or_the_neighbours(form: str) -> None:
         return tk.block_attention(**x, block=5, top_k=2)
 
     packed = {n: torch.cat([other[n][0], inputs[n][0]]) for n in names}
-    cu = torch.tensor([0, 13, 34], dtype=torch.int32)
-    first = results(lambda **x: run(**x, cu_seqlens=cu)[13:], packed)
-    again = results(lambda **x: run(**x, cu_seqlens=cu)[13:], packed)
+    cu = torch.tensor([0, 5, 22], dtype=torch.int32)
+    first = results(lambda **x: run(**x, cu_seqlens=cu)[5:], packed)
+    again = results(lambda **x: run(**x, cu_seqlens=cu)[5:], packed)
     alone = results(run, {n: inputs[n] for n in names})
     for name, a, b, c in zip(("out", *names), first, again, alone, strict=True):
         assert_bitwise(a, b, f"{name}, again")
