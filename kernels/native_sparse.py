@@ -118,7 +118,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tenso
     way = walk(indices, T, H, tile.m, block, cu_seqlens, seqlens)
     launch(
         _blocks_kernel, (way.programs,), q, k, v, out, lse, way.blocks, way.named, way.counts, cu_seqlens, seqlens,
-        S, T, H, H // Hkv, U, H // U, way.n_tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1, way.capacity, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        S, T, H, H // Hkv, U, H // U, way.n_tiles, 0 if cu_seqlens is None else len(cu_seqlens) - 1, way.capacity,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         float(scale), D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=tile.m, **way.constants(tile.n, block),
         PACKED=cu_seqlens is not None, CACHE=seqlens is not None, WIDE=any(is_wide(x.stride(1), tile.n) for x in (k, v)),
         warps=tile.warps, stages=tile.stages, device=q.device)
