@@ -16,7 +16,7 @@ from thinkernel.ops.native_sparse import block_attention_op, native_sparse_atten
 from thinkernel.reference import native_sparse as reference
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
-from thinkernel.testing.native_sparse import nsa_inputs
+from thinkernel.testing.native_sparse import _fused, nsa_inputs
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -27,12 +27,13 @@ NAN = float("nan")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block: int) -> Tensor:
-    """The specification on given blocks, differentiable."""
-    S, T, Hkv, U = q.shape[1], k.shape[1], k.shape[2], indices.shape[2]
+    """Given blocks: the specification in float64, otherwise as torch computes it. Differentiable."""
+    S, T, U = q.shape[1], k.shape[1], indices.shape[2]
     positions = torch.arange(T - S, T, device=q.device)[None]
-    visible = reference._chosen_keys(indices, positions, T, block).repeat_interleave(q.shape[2] // U, 1).unflatten(1, (Hkv, -1))
-    wide = reference.compute_dtype(q.dtype)
-    return reference._attend(q.to(wide), k.to(wide), v.to(wide), visible, q.shape[-1] ** -0.5)[0].to(q.dtype)
+    visible = reference._chosen_keys(indices, positions, T, block).repeat_interleave(q.shape[2] // U, 1)  # [B, H, S, T]
+    if q.dtype != torch.float64:
+        return _fused(q, k, v, visible)
+    return reference._attend(q, k, v, visible.unflatten(1, (k.shape[2], -1)), q.shape[-1] ** -0.5)[0]
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
