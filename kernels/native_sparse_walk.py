@@ -5,7 +5,7 @@ Q queries of a tile. A tile's rows are (query, head): row i is query i // R, hea
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -83,7 +83,7 @@ class Walk(NamedTuple):
     queries: int
     parts: int  # tiles of a query and choosing head: over 1 where the heads that share a choice are more than M
 
-    def constants(self, n: int, block: int) -> dict[str, int]:
+    def constants(self, n: int, block: int) -> dict[str, Any]:
         keys = keys_of_tile(n, block)
         return dict(QUERIES=self.queries, PARTS=self.parts, N=keys, BLOCK=block, PIECES=triton.cdiv(block, keys))
 
