@@ -1,7 +1,8 @@
-"""NSA and MoBA on the CPU against dense causal attention, ours and PyTorch's, interleaved in one run.
+"""NSA and MoBA against dense causal attention, ours and PyTorch's, interleaved in one run: on the CPU; on a GPU gpu_native_sparse.py.
 
     python bench/native_sparse.py                                        # everything
     python bench/native_sparse.py --work nsa --lengths 8192 --repeats 5
+    python bench/native_sparse.py --device cuda                          # gpu_native_sparse.py, with its own options
 
 One sequence of H = 16 heads of one key head, D = 128, in bf16. nsa: the paper's sizes (blocks of 64, compressed 32 / 16, 16 blocks, window
 512), compressed keys given, forward and forward + backward. moba: blocks of 512, 3 of them, up to 8K, then 1024 and 12. PyTorch has no
@@ -61,7 +62,16 @@ def runs(form: str, T: int, backward: bool) -> Runs:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    chosen, others = device.parse_known_args()
+    if chosen.device == "cuda":
+        import gpu_native_sparse
+
+        sys.exit(gpu_native_sparse.main(others))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[device]
+    )
     parser.add_argument("--work", nargs="+", default=["nsa", "moba"], choices=["nsa", "moba"])
     parser.add_argument("--passes", nargs="+", default=["forward", "both"], choices=["forward", "both"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))

@@ -244,6 +244,48 @@ TARGET_DEPTH = {"half": 64, "float": 32}
 # Bytes of scores (and of what else a query has for each key) that the indexer's functions hold at a time: see their docstrings.
 INDEXER_WORKSPACE = 128 * 1024 * 1024
 
+# Attention over chosen blocks and the choice (native_sparse*.py). m rows are (query, head that shares the choice), n keys at most those of
+# a block (64 in NSA); "blocks_kv": n keys stay. "scores": m rows against n compressed keys, "means": m queries of a head against n blocks.
+SPARSE = {
+    "blocks": {
+        ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm_100", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 16, 4, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 8, 2)},
+    },
+    "blocks_q": {
+        ("sm_80", "half"): {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 2), 192: Tile(64, 16, 8, 1), 256: Tile(64, 32, 8, 1)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 3)},
+        ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 2)},
+        ("sm_80", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 3), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    },
+    "blocks_kv": {
+        ("sm_80", "half"): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+        ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+        ("sm_80", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 2), 192: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    },
+    "scores": {
+        ("sm_80", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
+        ("sm_90", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
+        ("sm_100", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
+        ("sm_80", "float"): dict.fromkeys(WIDTHS, Tile(16, 32, 4, 1)),
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 192: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 2)},
+        ("sm_100", "float"): dict.fromkeys(WIDTHS, Tile(16, 32, 4, 1)),
+    },
+    "means": {(arch, kind): dict.fromkeys(WIDTHS, Tile(32, 32, 4, 2)) for arch in ARCHITECTURES for kind in ("half", "float")},
+}
+
+# Bytes of block scores that the choice holds at a time, and rows of a segment of a block's list: the latter is part of dK's and dV's bits.
+SCORE_BYTES = 128 * 1024 * 1024
+SEGMENT = 32768
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
@@ -300,6 +342,11 @@ def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool
     width = 256 if padded_dv <= 256 else 512
     found = MLA_DECODE[arch, wanted][width]
     return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
+
+
+def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int) -> Tile:
+    """The tile of a kernel over chosen blocks of keys, or of their choice, for this padded head dim."""
+    return Tile(32, 16, 1, 1) if INTERPRET else SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
 
 
 def descriptors(device: torch.device) -> bool:
@@ -376,6 +423,10 @@ def workspace() -> int:
 
 def key_split() -> int:
     return 64 if INTERPRET else KEY_SPLIT
+
+
+def segment() -> int:
+    return 32 if INTERPRET else SEGMENT
 
 
 def vocabulary_split() -> int:

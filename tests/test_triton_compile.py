@@ -20,6 +20,8 @@ ROW_KERNELS = (  # no matrix product in these
     "_rows_kernel", "_merge_kernel", "_logits_forward_kernel", "_logits_merge_kernel", "_logits_backward_kernel", "_sequence_kernel",
     "_token_kernel", "_sequence_ratio_kernel", "_metrics_kernel", "_groups_kernel", "_batch_kernel", "_append_kernel", "_gather_kernel",
     "_row_kernel", "_part_kernel", "_finish_kernel", "_residual_kernel", "_collect_kernel",
+    "_choose_kernel", "_means_kernel", "_mean_score_kernel", "_unions_kernel", "_block_sums_kernel", "_gates_kernel",
+    "_gates_backward_kernel",
 )  # fmt: skip
 
 
@@ -110,6 +112,20 @@ def indexer_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
 INDEXER_OPEN = {"scores, 5 heads of 200": "an index dim over 128 spills some registers in 16-bit types"}
 
 
+# Groups that fill no tile, and MoBA's blocks of several tiles, hold a few values more in the kernel of dK and dV.
+SPARSE_OPEN = {("sm_90", "nsa three heads backward"): "8 to 80 bytes spilled", ("sm_90", "moba backward"): "spills at D = 192"}
+
+
+def sparse_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
+    """NSA at the paper's sizes; packed; from a cache; with a group of three, which fills no tile; MoBA."""
+    forms = {
+        "nsa": {}, "nsa packed": dict(packed=True), "nsa cache": dict(cache=True), "nsa three heads": dict(H=6, Hkv=2),
+        "moba": dict(moba=True, H=8, block=512, slots=3), "moba packed": dict(moba=True, H=8, block=500, slots=12, packed=True),
+    }
+    calls = {f"{form} {name}": call for form, more in forms.items() for name, call in aot.block_sparse_calls(dtype, D, Dv, **more).items()}
+    return {name: call for name, call in calls.items() if name != "nsa cache backward"} | {"gates": aot.branch_gates_calls(dtype, Dv)}
+
+
 def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     return {
         "logprob forward": aot.logprob_forward_call(dtype),
@@ -196,6 +212,11 @@ def test_indexer_on_hopper(name: str) -> None:
     check("sm_90", HALF, indexer_calls(HALF)[name])
 
 
+@pytest.mark.parametrize("name", ["nsa choose", "nsa forward", "nsa backward", "gates"])
+def test_native_sparse_on_hopper(name: str) -> None:
+    check("sm_90", HALF, sparse_calls(HALF, 128, 128)[name])
+
+
 @pytest.mark.parametrize("name", ["forward", "decode"])
 def test_attention_float32_has_no_tf32(name: str) -> None:
     check("sm_90", FLOAT, attention_calls(FLOAT, 64, 64)[name])
@@ -228,6 +249,15 @@ class TestEverything:
         if (arch, name) in MLA_OPEN and dtype != FLOAT:
             request.applymarker(pytest.mark.xfail(reason=MLA_OPEN[arch, name], strict=True))
         check(arch, dtype, mla_calls(dtype)[name])
+
+    @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+    @pytest.mark.parametrize("name", list(sparse_calls(HALF, 64, 64)))
+    def test_native_sparse(
+        self, name: str, head_dims: tuple[int, int], arch: str, dtype: torch.dtype, request: pytest.FixtureRequest
+    ) -> None:
+        if (arch, name) in SPARSE_OPEN and dtype != FLOAT and head_dims[1] >= 128:
+            request.applymarker(pytest.mark.xfail(reason=SPARSE_OPEN[arch, name], strict=False))
+        check(arch, dtype, sparse_calls(dtype, *head_dims)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))

@@ -29,12 +29,20 @@ from thinkernel.kernels import (
     indexer_loss,
     linear,
     mla,
+    native_sparse,
+    native_sparse_backward,
+    native_sparse_choose,
+    native_sparse_walk,
     topk,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+MODULES = (  # whose launches a compile check catches
+    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss, linear, mla,
+    native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk, topk,
+)  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -100,10 +108,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (
-            attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss,
-            linear, mla, topk,
-        ):
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -268,5 +273,42 @@ def indexer_loss_call(dtype: torch.dtype, sparse: bool = False, lse: bool = Fals
         target = indexer_loss.Target(target_q, target_k, S, indices, 0.1)
         indexer_loss.indexer_loss(flat_q, k, flat_w, target, torch.empty(rows, H) if lse else None, loss, kept)
         indexer_loss.indexer_loss_backward(flat_q, k, flat_w, target, kept, loss, torch.empty_like(flat_q), dk, torch.empty_like(flat_w))
+
+    return call
+
+
+def block_sparse_calls(dtype: torch.dtype, D: int = 128, Dv: int = 128, *, H: int = 32, Hkv: int = 2, moba: bool = False, block: int = 64,
+                       slots: int = 16, packed: bool = False, cache: bool = False) -> dict[str, Callable[[], None]]:
+    """The choice, attention over what is chosen, and its backward: NSA's own sizes, or MoBA's."""
+    S, T = 512, 512 if packed else 4096
+    X = H if moba else Hkv
+    q, k, v = torch.empty(1, S, H, D, dtype=dtype), torch.empty(1, T, Hkv, D, dtype=dtype), torch.empty(1, T, Hkv, Dv, dtype=dtype)
+    kc, out, lse = torch.empty(1, T // 16 - 1, Hkv, D, dtype=dtype), torch.empty(1, S, H, Dv, dtype=dtype), torch.empty(1, S, H)
+    indices = torch.zeros(1, S, X, slots, dtype=torch.int32)
+    cu = torch.tensor([0, 100, S], dtype=torch.int32) if packed else None
+    if packed:
+        q, k, v, kc, out, lse, indices = (x[0] for x in (q, k, v, kc, out, lse, indices))
+    counts = torch.tensor([T], dtype=torch.int32) if cache else None
+    more = dict(compress_block=32, stride=16, scale=0.1, cu_compressed=cu, seqlens=counts)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    return {
+        "choose": lambda: native_sparse_choose.choose(
+            q, k if moba else kc, None if moba else lse, indices, T=T, block=block, cu_seqlens=cu, **({} if moba else more)),
+        "forward": lambda: native_sparse.block_attention(
+            q, k, v, indices, out, lse, block=block, scale=0.1, cu_seqlens=cu, seqlens=counts),
+        "backward": lambda: native_sparse_backward.block_backward(
+            q, k, v, indices, out, lse, out, dq, dk, dv, block=block, scale=0.1, cu_seqlens=cu),
+    }
+
+
+def branch_gates_calls(dtype: torch.dtype, Dv: int = 128) -> Callable[[], None]:
+    """The sum of branches, its backward, the sum without gates."""
+    branches, gates = torch.empty(3, 1, 512, 32, Dv, dtype=dtype), torch.empty(1, 512, 32, 3, dtype=dtype)
+    out = torch.empty(1, 512, 32, Dv, dtype=dtype)
+
+    def call() -> None:
+        native_sparse.branch_gates(branches.unbind(), gates, out)
+        native_sparse.branch_gates_backward(branches, gates, out, torch.empty_like(branches), torch.empty_like(gates))
+        native_sparse.branch_gates(branches.unbind(), None, out)
 
     return call

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thinkernel.ops import checks
 from thinkernel.ops import native_sparse_cpu as cpu
+from thinkernel.ops import native_sparse_gpu as gpu
 from thinkernel.ops.attention import _check_heads
 from thinkernel.ops.library import Op, gradients
 from thinkernel.reference import native_sparse as reference
@@ -103,6 +104,11 @@ native_sparse_attention_op.kernel("cpu", cpu.covers)(cpu.native_sparse_forward)
 native_sparse_attention_backward_op.kernel("cpu", cpu.backward_covers)(cpu.native_sparse_backward)
 block_attention_op.kernel("cpu", cpu.covers)(cpu.block_forward)
 block_attention_backward_op.kernel("cpu", lambda dout, out, lse, indices, *args: cpu.covers(*args))(cpu.block_backward)
+
+native_sparse_attention_op.kernel("triton", gpu.native_sparse_covers)(gpu.native_sparse_forward)
+native_sparse_attention_backward_op.kernel("triton", gpu.native_sparse_backward_covers)(gpu.native_sparse_backward)
+block_attention_op.kernel("triton", gpu.block_covers)(gpu.block_forward)
+block_attention_backward_op.kernel("triton", gpu.block_backward_covers)(gpu.block_backward)
 
 
 # ---- what index tensors contain ----------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ def native_sparse_attention(
         window: keys of the window branch, the query's own among them.
         cu_seqlens: [B + 1] int32 offsets of packed sequences.
         seqlens: [B] int32: k, v and the compressed keys are caches of which sequence b holds the first seqlens[b] keys, the S
-            new ones included; for decoding, without a gradient on the C++ backend.
+            new ones included; for decoding, without a gradient on the C++ and Triton backends.
 
     Returns [B, S, H, Dv]. Differentiable in all six tensors. Ties go to the lower block. Raises ValueError or TypeError naming the
     argument. Source: arXiv 2502.11089.
