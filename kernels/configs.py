@@ -203,7 +203,41 @@ MLA_DECODE = {
     ("sm_100", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 1)},
 }
 
+# sparse_attention, by the padded columns of a key: m heads of one query, n slots. "forward" and "queries": m rows stay, slots pass by;
+# "pairs": n slots stay and m heads pass by (m is cut to the group's heads). The forward's n is part of the result's bits.
+SPARSE_WIDTHS = (64, 128, 192, 256, 640)
+SPARSE = {
+    "forward": {
+        ("sm_80", "half"): {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 32, 4, 3), 256: Tile(16, 32, 4, 3), 640: Tile(32, 32, 8, 2)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2), 640: Tile(64, 32, 8, 2)},
+        ("sm_100", "half"): {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2), 640: Tile(64, 32, 8, 2)},
+        ("sm_80", "fp8"): {640: Tile(16, 32, 8, 2)},
+        ("sm_90", "fp8"): {640: Tile(64, 32, 8, 1)},
+        ("sm_100", "fp8"): {640: Tile(16, 32, 8, 2)},
+        ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 16, 4, 1), 640: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1), 640: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 4, 2), 256: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1)},
+    },
+    "pairs": {
+        ("sm_80", "half"): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2), 640: Tile(16, 32, 8, 2)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2), 640: Tile(32, 64, 8, 2)},
+        ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2), 640: Tile(32, 64, 8, 2)},
+        ("sm_80", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1)},
+    },
+    "queries": {
+        ("sm_80", "half"): {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3), 640: Tile(32, 32, 8, 3)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 3), 256: Tile(64, 64, 8, 3), 640: Tile(64, 32, 8, 3)},
+        ("sm_100", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 3), 256: Tile(64, 64, 8, 3), 640: Tile(64, 32, 8, 3)},
+        ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2), 640: Tile(16, 16, 8, 1)},
+        ("sm_90", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2), 640: Tile(16, 16, 8, 1)},
+        ("sm_100", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2), 640: Tile(16, 16, 8, 1)},
+    },
+}
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
+_INTERPRETER_SPARSE_TILE = Tile(16, 16, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
 
@@ -259,6 +293,14 @@ def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool
     width = 256 if padded_dv <= 256 else 512
     found = MLA_DECODE[arch, wanted][width]
     return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
+
+
+def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, fp8: bool = False) -> Tile:
+    """The tile of sparse_attention's "forward", "pairs" or "queries" for keys and values of so many padded columns."""
+    if INTERPRET:
+        return _INTERPRETER_SPARSE_TILE
+    wanted = "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
+    return SPARSE[kernel][architecture(device), wanted][next(w for w in SPARSE_WIDTHS if w >= max(padded_d, padded_dv))]
 
 
 def descriptors(device: torch.device) -> bool:
