@@ -237,7 +237,7 @@ SPARSE = {
 }
 
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
-_INTERPRETER_SPARSE_TILE = Tile(16, 16, 1, 1)
+_INTERPRETER_SPARSE_TILE = Tile(16, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import configs
 from .attention_backward import CHAIN, row_terms, row_weights
 from .attention_tiles import cache_rows, load_rows
-from .primitives import dot, launch, load_tile
+from .primitives import again, dot, launch, load_tile
 from .sparse_attention import keys_of, prepare, used_slots, widths
 
 PAIR_BYTES = 512 << 20
@@ -34,20 +34,19 @@ WINDOW = 8  # places of the sorted list that a program of _sum_kernel looks at
 @triton.jit(do_not_specialize=["first_row", "R", "S", "T_all", "n_sequences"])
 def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr, share_ptr, key_ptr, ds_ptr, cu_q_ptr, cu_k_ptr,
                   seqlens_ptr, first_row, R, S, T_all, HKV, G, K, n_sequences,
-                  stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                  stride_gb, stride_gs, stride_gh, scale, inverse,
+                  stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, scale, inverse,
                   D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                  M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, SEQLENS: tl.constexpr, WIDE: tl.constexpr,
+                  M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, SEQLENS: tl.constexpr,
                   LATENT: tl.constexpr):
     """One program: N slots of one query and key head -> each pair's key (its row among all keys and heads), its share of dK and dV,
-    and dS [row, H, K]. inverse = 1 / scale."""
+    and dS [row, Hkv, K, G]. inverse = 1 / scale."""
     slot_blocks = tl.cdiv(K, N)
     pid = tl.program_id(0)
     s0 = (pid % slot_blocks) * N
     kv_head = (pid // slot_blocks) % HKV
     row = pid // (slot_blocks * HKV)  # among those of the chunk
     n = first_row + row
-    b, s, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
+    b, _, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
     head = kv_head.to(tl.int64)
     k_base = k_ptr + b * stride_kb + k_first.to(tl.int64) * stride_ks + head * stride_kh
     v_base = v_ptr + b * stride_vb + k_first.to(tl.int64) * stride_vs + head * stride_vh
@@ -63,53 +62,56 @@ def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr
     if tl.max(there.to(tl.int32), 0) > 0:
         k = load_rows(k_at, there, 0, BLOCK_D, D)  # [N, D]
         k_rest = k
-        dk = tl.zeros([N, BLOCK_D], tl.float32)
+        dk = tl.zeros([BLOCK_D, N], tl.float32)  # transposed: Hopper's warps then share the columns, whatever the products before
         dk_rest = dk
         if REST_D > 0:
             k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
-            dk_rest = tl.zeros([N, REST_D], tl.float32)
+            dk_rest = tl.zeros([REST_D, N], tl.float32)
         v = k
         dv = dk
         if not LATENT:
             v = load_rows(v_at, there, 0, BLOCK_DV, DV)  # [N, Dv]
-            dv = tl.zeros([N, BLOCK_DV], tl.float32)
-        q_base = q_ptr + b * stride_qb + s * stride_qs + head * G * stride_qh
-        dout_base = dout_ptr + b * stride_gb + s * stride_gs + head * G * stride_gh
-        ds_base = ds_ptr + (row.to(tl.int64) * HKV + kv_head) * G * K
+            dv = tl.zeros([BLOCK_DV, N], tl.float32)
+        h0 = (n.to(tl.int64) * HKV + kv_head) * G  # among the rows of all heads
+        level_base = level_ptr + head * G * R + n
+        delta_base = delta_ptr + head * G * R + n
+        ds_base = ds_ptr + ((row.to(tl.int64) * HKV + kv_head) * K + s0) * G
         for g0 in range(0, G, M):
             g = g0 + tl.arange(0, M)
-            q = load_tile(q_base + g0 * stride_qh, stride_qh, G - g0, M, 0, BLOCK_D, D, WIDE)  # [M, D]
+            q = load_tile(q_ptr + (h0 + g0) * D, D, G - g0, M, 0, BLOCK_D, D, False)  # [M, D]
             scores = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))  # [N, M]
             if REST_D > 0:
-                q_rest = load_tile(q_base + g0 * stride_qh, stride_qh, G - g0, M, BLOCK_D, REST_D, D, WIDE)
+                q_rest = load_tile(q_ptr + (h0 + g0) * D, D, G - g0, M, BLOCK_D, REST_D, D, False)
                 scores = dot(k_rest, tl.trans(q_rest), scores)
-            dout = load_tile(dout_base + g0 * stride_gh, stride_gh, G - g0, M, 0, BLOCK_DV, DV, WIDE)  # [M, Dv]
+            dout = load_tile(dout_ptr + (h0 + g0) * DV, DV, G - g0, M, 0, BLOCK_DV, DV, False)  # [M, Dv]
             dp = dot(v, tl.trans(dout), tl.zeros([N, M], tl.float32), CHAIN)  # [N, M]
-            at = (kv_head * G + g).to(tl.int64) * R + n
-            level = tl.load(level_ptr + at, mask=g < G, other=float("inf"))
-            delta = tl.load(delta_ptr + at, mask=g < G, other=0.0)
+            level = tl.load(level_base + g * R, mask=g < G, other=float("inf"))
+            delta = tl.load(delta_base + g * R, mask=g < G, other=0.0)
             p = row_weights(tl.where(there[:, None], scores, float("-inf")), level[None, :], scale, False, q.dtype == tl.float32)
             ds = (p * (dp - delta[None, :])).to(q.dtype)
-            tl.store(ds_base + g.to(tl.int64)[None, :] * K + slot[:, None], ds, mask=there[:, None] & (g < G)[None, :])
+            tl.store(ds_base + (tl.arange(0, N)[:, None] * G + g[None, :]), ds, mask=there[:, None] & (g < G)[None, :])
             if LATENT:
                 # One sum for both, multiplied by scale in the end: dS times scale would be too small for float16.
-                dk = dot((p * inverse).to(dout.dtype), dout, dk)
+                dk = dot(tl.trans(dout), tl.trans((p * inverse).to(dout.dtype)), dk)
             else:
-                dv = dot(p.to(dout.dtype), dout, dv)
-            dk = dot(ds, q, dk)
+                dv = dot(tl.trans(dout), tl.trans(p.to(dout.dtype)), dv)
+            dk = dot(tl.trans(q), tl.trans(ds), dk)
             if REST_D > 0:
-                dk_rest = dot(ds, q_rest, dk_rest)
+                dk_rest = dot(tl.trans(q_rest), tl.trans(ds), dk_rest)
 
         WIDTH: tl.constexpr = D if LATENT else D + DV
-        share = share_ptr + pair[:, None] * WIDTH
+        block = again(pid)  # places are worked out again: beside the sums Hopper has no register left to keep them
+        s0 = (block % slot_blocks) * N
+        share = share_ptr + ((block // slot_blocks).to(tl.int64) * K + s0) * WIDTH
+        at = tl.arange(0, N)[:, None] * WIDTH
         column = tl.arange(0, BLOCK_D)
-        tl.store(share + column[None, :], dk * scale, mask=there[:, None] & (column < D)[None, :])
+        tl.store(share + (at + column[None, :]), tl.trans(dk) * scale, mask=there[:, None] & (column < D)[None, :])
         if REST_D > 0:
             rest = BLOCK_D + tl.arange(0, REST_D)
-            tl.store(share + rest[None, :], dk_rest * scale, mask=there[:, None] & (rest < D)[None, :])
+            tl.store(share + (at + rest[None, :]), tl.trans(dk_rest) * scale, mask=there[:, None] & (rest < D)[None, :])
         if not LATENT:
             value = tl.arange(0, BLOCK_DV)
-            tl.store(share + D + value[None, :], dv, mask=there[:, None] & (value < DV)[None, :])
+            tl.store(share + (at + D + value[None, :]), tl.trans(dv), mask=there[:, None] & (value < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -145,7 +147,7 @@ def _sparse_queries_kernel(k_ptr, index_ptr, ds_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
     kv_head = (pid // row_blocks) % HKV
     row = pid // (row_blocks * HKV)
     n = first_row + row
-    b, s, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
+    b, _, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
     k_base = k_ptr + b * stride_kb + k_first.to(tl.int64) * stride_ks + kv_head.to(tl.int64) * stride_kh
     cache = (k_base, k_base, stride_ks, stride_ks, k_base, 0, 0, 0)
     index_at = index_ptr + (n.to(tl.int64) * HKV + kv_head) * K
@@ -154,7 +156,7 @@ def _sparse_queries_kernel(k_ptr, index_ptr, ds_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
         end = tl.maximum(end, used_slots(index_at, start, K, T, SLOTS))
 
     g = g0 + tl.arange(0, M)
-    ds_at = ds_ptr + ((row.to(tl.int64) * HKV + kv_head) * G + g) * K  # [M]
+    ds_at = ds_ptr + (row.to(tl.int64) * HKV + kv_head) * K * G
     dq = tl.zeros([M, BLOCK_D], tl.float32)
     dq_rest = dq
     if REST_D > 0:
@@ -163,11 +165,11 @@ def _sparse_queries_kernel(k_ptr, index_ptr, ds_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
         slot = start + tl.arange(0, N)
         j = tl.load(index_at + slot, mask=slot < K, other=-1)
         k_at, _, there = cache_rows(j, T, cache, 0)
-        ds = tl.load(ds_at[:, None] + slot[None, :], mask=(g < G)[:, None] & there[None, :], other=0.0)  # [M, N]
+        ds = tl.load(ds_at + (slot[:, None] * G + g[None, :]), mask=there[:, None] & (g < G)[None, :], other=0.0)  # [N, M]
         k = load_rows(k_at, there, 0, BLOCK_D, D)  # [N, D]
-        dq = dot(ds, k, dq)
+        dq = dot(tl.trans(ds), k, dq)
         if REST_D > 0:
-            dq_rest = dot(ds, load_rows(k_at, there, BLOCK_D, REST_D, D), dq_rest)
+            dq_rest = dot(tl.trans(ds), load_rows(k_at, there, BLOCK_D, REST_D, D), dq_rest)
 
     dq_at = dq_ptr + ((n.to(tl.int64) * HKV + kv_head) * G + g)[:, None] * D
     column = tl.arange(0, BLOCK_D)
@@ -196,17 +198,18 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
     The other arguments as sparse_attention's. Extra memory: float32 sums shaped as kv (and v), two (with sinks three) float32 numbers a
     row and head, and for a chunk of queries at least one of, pair_bytes: W float32 numbers, 20 bytes and H numbers of dS a pair.
     """
+    # Read again for each block of slots, so a copy of other layouts costs nothing, and constant strides spare Hopper's registers.
+    q, dout = q.contiguous(), dout.contiguous()
     x = prepare(q, kv, v, indices, cu_seqlens_q, cu_seqlens_k, seqlens)
-    (B, S, H, D), (R, Hkv, K), Dv = x.q.shape, x.indices.shape, out.shape[-1]
+    (_, S, H, D), (R, Hkv, K), Dv = x.q.shape, x.indices.shape, out.shape[-1]
     G = H // Hkv
     if dsinks is not None:
         dsinks.zero_()
     width = D if v is None else D + Dv
     sums = torch.zeros(kv.numel() // D * width, dtype=torch.float32, device=q.device).view(*kv.shape[:-1], width)
     if dq.numel() > 0 and K > 0 and kv.numel() > 0:
-        dout = dout.reshape(B, S, H, Dv)
         level, delta, dsink = row_terms(
-            out.view(1, R, H, Dv), dout.reshape(1, R, H, Dv), lse.view(1, R, H), None if dlse is None else dlse.reshape(1, R, H), sinks)
+            out.view(1, R, H, Dv), dout.view(1, R, H, Dv), lse.view(1, R, H), None if dlse is None else dlse.reshape(1, R, H), sinks)
         if dsink is not None and dsinks is not None:
             torch.sum(dsink, (0, 2), out=dsinks)
         block_d, rest_d, block_dv = widths(D, Dv, x.latent)
@@ -222,10 +225,10 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
             here = min(chunk, R - first)
             n_pairs = here * Hkv * K
             launch(
-                _pairs_kernel, (here * Hkv * triton.cdiv(K, tile_p.n),), x.q, x.k, x.v, x.indices, dout, level, delta, share, keys, ds,
+                _pairs_kernel, (here * Hkv * triton.cdiv(K, tile_p.n),), q, x.k, x.v, x.indices, dout, level, delta, share, keys, ds,
                 *x.sequences, first, R, S, x.capacity, Hkv, G, K, n_sequences,
-                *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], float(scale), 1.0 / scale,
-                D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=m, N=tile_p.n, WIDE=x.wide, LATENT=x.latent,
+                *x.k.stride()[:3], *x.v.stride()[:3], float(scale), 1.0 / scale,
+                D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=m, N=tile_p.n, LATENT=x.latent,
                 warps=tile_p.warps, stages=tile_p.stages, **options)
             sorted_keys, order = torch.sort(keys[:n_pairs], stable=True)
             launch(

@@ -83,6 +83,38 @@ def mla_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     return calls
 
 
+def sparse_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    sinks = torch.zeros(128)
+    calls = {
+        "latents": aot.sparse_call(dtype),
+        "latents, packed, sinks": aot.sparse_call(dtype, packed=True, sinks=sinks),
+        "latents, one split, 16 heads": aot.sparse_call(dtype, H=16, K=512, sinks=torch.zeros(16)),
+        "latents, cache": aot.sparse_call(dtype, cache=True),
+        "latents, pages": aot.sparse_call(dtype, paged=True),
+        "latents, pages, one split": aot.sparse_call(dtype, paged=True, K=1000),
+        "FP8": aot.sparse_call(dtype, fp8=True),
+        "FP8, cache": aot.sparse_call(dtype, fp8=True, cache=True),
+        "FP8, pages": aot.sparse_call(dtype, fp8=True, paged=True),
+        "FP8, pages, one split": aot.sparse_call(dtype, fp8=True, paged=True, K=1000, sinks=sinks),
+        "latents backward": aot.sparse_call(dtype, backward=True),
+        "latents backward, packed, sinks": aot.sparse_call(dtype, backward=True, packed=True, sinks=sinks, dlse=torch.zeros(16, 128)),
+        "latents backward, cache": aot.sparse_call(dtype, backward=True, cache=True, K=1000, H=16),
+        "256 + 64": aot.sparse_call(dtype, 320, 256),
+        "256 + 64 backward": aot.sparse_call(dtype, 320, 256, backward=True),
+        "128 + 64, one width": aot.sparse_call(dtype, 192, 192, paged=True),
+        "128 + 64, one width, backward": aot.sparse_call(dtype, 192, 192, backward=True),
+    }
+    for D, Dv in HEAD_DIMS:
+        for H in (8, 128):
+            calls[f"{H}/2 heads of {D}"] = aot.sparse_call(dtype, D, Dv, H=H, Hkv=2)
+            calls[f"{H}/2 heads of {D}, backward"] = aot.sparse_call(dtype, D, Dv, H=H, Hkv=2, backward=True)
+        calls[f"heads of {D}, packed, sinks"] = aot.sparse_call(dtype, D, Dv, Hkv=2, packed=True, sinks=sinks)
+        calls[f"heads of {D}, packed, sinks, backward"] = aot.sparse_call(
+            dtype, D, Dv, Hkv=2, backward=True, packed=True, sinks=sinks, dlse=torch.zeros(16, 128))
+        calls[f"heads of {D}, pages, one split"] = aot.sparse_call(dtype, D, Dv, Hkv=2, paged=True, K=1000, sinks=sinks)
+    return calls
+
+
 def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     return {
         "logprob forward": aot.logprob_forward_call(dtype),

@@ -62,7 +62,7 @@ def backward(
     """[dq, dkv or dk, dv, dsinks], those of tensors alone."""
     from thinkernel.kernels import sparse_attention_backward as kernels
 
-    dout = torch.zeros_like(out) if grads[0] is None else rows_contiguous(grads[0])
+    dout = torch.zeros_like(out) if grads[0] is None else grads[0]
     dlse = None if grads[1] is None else grads[1].float()
     dq, dk = empty(tuple(q.shape), q), empty(tuple(kv.shape), kv)
     dv = None if v is None else empty(tuple(v.shape), v)
