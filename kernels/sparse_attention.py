@@ -111,7 +111,10 @@ def _sparse_kernel(q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, part_ptr, t
             if not FP8:
                 k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
             scores = dot(q_rest, tl.trans(k_rest), scores)
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        if not FP8:
+            scores = tl.where(there[None, :], scores, float("-inf"))
+        elif tl.min(there.to(tl.int32), 0) == 0:  # the branch parts the products from the dequantisation, which otherwise spills on Hopper
+            scores = tl.where(there[None, :], scores, float("-inf"))
         weights, decay, total, peak = softmax_step(scores, total, peak, factor, EXACT)
         if LATENT:
             v = k

@@ -46,7 +46,7 @@ def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr
     kv_head = (pid // slot_blocks) % HKV
     row = pid // (slot_blocks * HKV)  # among those of the chunk
     n = first_row + row
-    b, _, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
+    b, s, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
     head = kv_head.to(tl.int64)
     k_base = k_ptr + b * stride_kb + k_first.to(tl.int64) * stride_ks + head * stride_kh
     v_base = v_ptr + b * stride_vb + k_first.to(tl.int64) * stride_vs + head * stride_vh
@@ -147,7 +147,7 @@ def _sparse_queries_kernel(k_ptr, index_ptr, ds_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
     kv_head = (pid // row_blocks) % HKV
     row = pid // (row_blocks * HKV)
     n = first_row + row
-    b, _, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
+    b, s, k_first, T = keys_of(n, S, T_all, cu_q_ptr, cu_k_ptr, seqlens_ptr, n_sequences, PACKED, SEQLENS)
     k_base = k_ptr + b * stride_kb + k_first.to(tl.int64) * stride_ks + kv_head.to(tl.int64) * stride_kh
     cache = (k_base, k_base, stride_ks, stride_ks, k_base, 0, 0, 0)
     index_at = index_ptr + (n.to(tl.int64) * HKV + kv_head) * K
