@@ -209,9 +209,9 @@ class Keys(NamedTuple):
 
 def prepare(q: Tensor, kv: Tensor, v: Tensor | None, indices: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
             seqlens: Tensor | None = None, block_table: Tensor | None = None) -> Keys:
-    latent = v is None
-    k = kv[..., None, :] if latent else kv
-    v = k if latent else v
+    latent, k = v is None, kv
+    if v is None:
+        k = v = kv[..., None, :]
     if cu_seqlens_q is not None:
         q, k, v = q[None], k[None], v[None]
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k

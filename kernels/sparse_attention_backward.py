@@ -213,7 +213,7 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
         if dsink is not None and dsinks is not None:
             torch.sum(dsink, (0, 2), out=dsinks)
         block_d, rest_d, block_dv = widths(D, Dv, x.latent)
-        options = dict(PACKED=cu_seqlens_q is not None, SEQLENS=seqlens is not None, device=q.device)
+        options = dict(PACKED=cu_seqlens_q is not None, SEQLENS=seqlens is not None)
         tile_p, tile_q = (configs.sparse_tile(name, q.device, q.dtype, block_d + rest_d, block_dv) for name in ("pairs", "queries"))
         m = min(tile_p.m, max(16, triton.next_power_of_2(G)))
         chunk = min(max(pair_bytes // (Hkv * K * (width * 4 + 20 + G * q.element_size())), 1), R)
@@ -229,15 +229,15 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
                 *x.sequences, first, R, S, x.capacity, Hkv, G, K, n_sequences,
                 *x.k.stride()[:3], *x.v.stride()[:3], float(scale), 1.0 / scale,
                 D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=m, N=tile_p.n, LATENT=x.latent,
-                warps=tile_p.warps, stages=tile_p.stages, **options)
+                warps=tile_p.warps, stages=tile_p.stages, device=q.device, **options)
             sorted_keys, order = torch.sort(keys[:n_pairs], stable=True)
             launch(
                 _sum_kernel, (triton.cdiv(n_pairs, WINDOW),), sorted_keys, order, share, sums, n_pairs, W=width,
                 BLOCK_W=triton.next_power_of_2(width), PLACES=WINDOW, warps=4, stages=1, device=q.device)
             launch(
-                _sparse_queries_kernel, (here * Hkv * triton.cdiv(G, tile_q.m),), x.k, x.indices, ds, dq, *x.sequences, first, S, x.capacity,
-                Hkv, G, K, n_sequences, *x.k.stride()[:3], float(scale), D=D, BLOCK_D=block_d, REST_D=rest_d, M=tile_q.m, N=tile_q.n,
-                SLOTS=configs.key_split(), warps=tile_q.warps, stages=tile_q.stages, **options)
+                _sparse_queries_kernel, (here * Hkv * triton.cdiv(G, tile_q.m),), x.k, x.indices, ds, dq, *x.sequences, first, S,
+                x.capacity, Hkv, G, K, n_sequences, *x.k.stride()[:3], float(scale), D=D, BLOCK_D=block_d, REST_D=rest_d,
+                M=tile_q.m, N=tile_q.n, SLOTS=configs.key_split(), warps=tile_q.warps, stages=tile_q.stages, device=q.device, **options)
     else:
         dq.zero_()
     dk.copy_(sums[..., :D])

@@ -19,6 +19,7 @@ HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]  # one for each width
 ROW_KERNELS = (  # no matrix product in these
     "_rows_kernel", "_merge_kernel", "_logits_forward_kernel", "_logits_merge_kernel", "_logits_backward_kernel", "_sequence_kernel",
     "_token_kernel", "_sequence_ratio_kernel", "_metrics_kernel", "_groups_kernel", "_batch_kernel", "_append_kernel", "_gather_kernel",
+    "_sum_kernel",
 )  # fmt: skip
 
 
@@ -196,6 +197,11 @@ def test_mla_on_hopper(name: str) -> None:
     check("sm_90", HALF, mla_calls(HALF)[name])
 
 
+@pytest.mark.parametrize("name", ["latents", "FP8, pages", "latents backward"])
+def test_sparse_attention_on_hopper(name: str) -> None:
+    check("sm_90", HALF, sparse_calls(HALF)[name])
+
+
 @pytest.mark.parametrize("name", ["forward", "decode"])
 def test_attention_float32_has_no_tf32(name: str) -> None:
     check("sm_90", FLOAT, attention_calls(FLOAT, 64, 64)[name])
@@ -222,6 +228,10 @@ class TestEverything:
         if (arch, name) in MLA_OPEN and dtype != FLOAT:
             request.applymarker(pytest.mark.xfail(reason=MLA_OPEN[arch, name], strict=True))
         check(arch, dtype, mla_calls(dtype)[name])
+
+    @pytest.mark.parametrize("name", list(sparse_calls(HALF)))
+    def test_sparse_attention(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, sparse_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))
