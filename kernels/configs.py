@@ -232,13 +232,13 @@ SPARSE = {
     },
     "pairs": {
         ("sm_80", "half"): {
-            64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2), 640: Tile(16, 32, 8, 2),
+            64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 2), 640: Tile(16, 16, 8, 2),
         },
         ("sm_90", "half"): {
             64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2), 640: Tile(32, 64, 8, 2),
         },
         ("sm_100", "half"): {
-            64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2), 640: Tile(32, 64, 8, 2),
+            64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2), 640: Tile(32, 32, 8, 2),
         },
         ("sm_80", "float"): {
             64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
@@ -337,6 +337,11 @@ def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d:
         return _INTERPRETER_SPARSE_TILE
     wanted = "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
     return SPARSE[kernel][architecture(device), wanted][next(w for w in SPARSE_WIDTHS if w >= max(padded_d, padded_dv))]
+
+
+def sparse_transposed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sparse_attention's backward sums keys' gradients transposed (under the interpreter: as on sm_90)."""
+    return kind(dtype) == "half" and (INTERPRET or architecture(device) != "sm_80")
 
 
 def descriptors(device: torch.device) -> bool:

@@ -31,13 +31,39 @@ _NO_KEY = tl.constexpr(NO_KEY)
 WINDOW = 8  # places of the sorted list that a program of _sum_kernel looks at
 
 
+@triton.jit
+def _sums(N: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        return tl.zeros([COLUMNS, N], tl.float32)
+    else:
+        return tl.zeros([N, COLUMNS], tl.float32)
+
+
+@triton.jit
+def _add(sums, weights, rows, TRANSPOSED: tl.constexpr):
+    """sums + weights [N, M] · rows [M, COLUMNS]. TRANSPOSED: the sums are [COLUMNS, N]; Hopper's warps then share the columns, where of
+    chained products [N, COLUMNS] each warpgroup would hold the whole."""
+    if TRANSPOSED:
+        sums = dot(tl.trans(rows), tl.trans(weights), sums)
+    else:
+        sums = dot(weights, rows, sums)
+    return sums
+
+
+@triton.jit
+def _upright(sums, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        sums = tl.trans(sums)
+    return sums
+
+
 @triton.jit(do_not_specialize=["first_row", "R", "S", "T_all", "n_sequences"])
 def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr, share_ptr, key_ptr, ds_ptr, cu_q_ptr, cu_k_ptr,
                   seqlens_ptr, first_row, R, S, T_all, HKV, G, K, n_sequences,
                   stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, scale, inverse,
                   D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, SEQLENS: tl.constexpr,
-                  LATENT: tl.constexpr):
+                  LATENT: tl.constexpr, TRANSPOSED: tl.constexpr):
     """One program: N slots of one query and key head -> each pair's key (its row among all keys and heads), its share of dK and dV,
     and dS [row, Hkv, K, G]. inverse = 1 / scale."""
     slot_blocks = tl.cdiv(K, N)
@@ -62,16 +88,16 @@ def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr
     if tl.max(there.to(tl.int32), 0) > 0:
         k = load_rows(k_at, there, 0, BLOCK_D, D)  # [N, D]
         k_rest = k
-        dk = tl.zeros([BLOCK_D, N], tl.float32)  # transposed: Hopper's warps then share the columns, whatever the products before
+        dk = _sums(N, BLOCK_D, TRANSPOSED)
         dk_rest = dk
         if REST_D > 0:
             k_rest = load_rows(k_at, there, BLOCK_D, REST_D, D)
-            dk_rest = tl.zeros([REST_D, N], tl.float32)
+            dk_rest = _sums(N, REST_D, TRANSPOSED)
         v = k
         dv = dk
         if not LATENT:
             v = load_rows(v_at, there, 0, BLOCK_DV, DV)  # [N, Dv]
-            dv = tl.zeros([BLOCK_DV, N], tl.float32)
+            dv = _sums(N, BLOCK_DV, TRANSPOSED)
         h0 = (n.to(tl.int64) * HKV + kv_head) * G  # among the rows of all heads
         level_base = level_ptr + head * G * R + n
         delta_base = delta_ptr + head * G * R + n
@@ -92,12 +118,12 @@ def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr
             tl.store(ds_base + (tl.arange(0, N)[:, None] * G + g[None, :]), ds, mask=there[:, None] & (g < G)[None, :])
             if LATENT:
                 # One sum for both, multiplied by scale in the end: dS times scale would be too small for float16.
-                dk = dot(tl.trans(dout), tl.trans((p * inverse).to(dout.dtype)), dk)
+                dk = _add(dk, (p * inverse).to(dout.dtype), dout, TRANSPOSED)
             else:
-                dv = dot(tl.trans(dout), tl.trans(p.to(dout.dtype)), dv)
-            dk = dot(tl.trans(q), tl.trans(ds), dk)
+                dv = _add(dv, p.to(dout.dtype), dout, TRANSPOSED)
+            dk = _add(dk, ds, q, TRANSPOSED)
             if REST_D > 0:
-                dk_rest = dot(tl.trans(q_rest), tl.trans(ds), dk_rest)
+                dk_rest = _add(dk_rest, ds, q_rest, TRANSPOSED)
 
         WIDTH: tl.constexpr = D if LATENT else D + DV
         block = again(pid)  # places are worked out again: beside the sums Hopper has no register left to keep them
@@ -105,13 +131,13 @@ def _pairs_kernel(q_ptr, k_ptr, v_ptr, index_ptr, dout_ptr, level_ptr, delta_ptr
         share = share_ptr + ((block // slot_blocks).to(tl.int64) * K + s0) * WIDTH
         at = tl.arange(0, N)[:, None] * WIDTH
         column = tl.arange(0, BLOCK_D)
-        tl.store(share + (at + column[None, :]), tl.trans(dk) * scale, mask=there[:, None] & (column < D)[None, :])
+        tl.store(share + (at + column[None, :]), _upright(dk, TRANSPOSED) * scale, mask=there[:, None] & (column < D)[None, :])
         if REST_D > 0:
             rest = BLOCK_D + tl.arange(0, REST_D)
-            tl.store(share + (at + rest[None, :]), tl.trans(dk_rest) * scale, mask=there[:, None] & (rest < D)[None, :])
+            tl.store(share + (at + rest[None, :]), _upright(dk_rest, TRANSPOSED) * scale, mask=there[:, None] & (rest < D)[None, :])
         if not LATENT:
             value = tl.arange(0, BLOCK_DV)
-            tl.store(share + (at + D + value[None, :]), tl.trans(dv), mask=there[:, None] & (value < DV)[None, :])
+            tl.store(share + (at + D + value[None, :]), _upright(dv, TRANSPOSED), mask=there[:, None] & (value < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -229,6 +255,7 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
                 *x.sequences, first, R, S, x.capacity, Hkv, G, K, n_sequences,
                 *x.k.stride()[:3], *x.v.stride()[:3], float(scale), 1.0 / scale,
                 D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=m, N=tile_p.n, LATENT=x.latent,
+                TRANSPOSED=configs.sparse_transposed(q.device, q.dtype),
                 warps=tile_p.warps, stages=tile_p.stages, device=q.device, **options)
             sorted_keys, order = torch.sort(keys[:n_pairs], stable=True)
             launch(
