@@ -31,6 +31,7 @@ def check(arch: str, dtype: torch.dtype, call: Callable[[], None]) -> list[aot.C
         assert kernel.stack == 0, f"{name}: {kernel.stack} bytes of stack, {kernel.registers} registers"
         assert kernel.shared <= configs.SHARED_MEMORY[arch], f"{name}: {kernel.shared} bytes of shared memory"
         assert "tf32" not in kernel.ptx, f"{name}: tf32 in the PTX"
+        assert arch != "sm_100" or "trap;" not in kernel.ptx, f"{name}: traps, as what takes more than 512 columns of tensor memory"
         if arch == "sm_90" and dtype != FLOAT and kernel.kernel not in ROW_KERNELS:
             assert "wgmma" in kernel.ptx, f"{name}: no wgmma in the PTX"
     return found
