@@ -14,6 +14,7 @@ from thinkernel.nn.cache import append_rows
 from thinkernel.nn.linear import linear_per_head
 from thinkernel.nn.rope import inverse_frequencies, rotate
 from thinkernel.reference import moe as moe_reference
+from thinkernel.testing.compare import assert_bitwise
 
 HIDDEN = 40
 
@@ -302,6 +303,71 @@ def test_expert_gradients_flow() -> None:
         assert tensor.grad.isfinite().all() and tensor.grad.any(), name
 
 
+OPTIONS: dict[str, dict] = {
+    "gpt-oss": dict(score="softmax_topk", router_bias=True, bias=True, activation="gpt_oss", layout="in_out"),
+    "llama 4": dict(score="sigmoid_topk", renormalize=False, weight_on="input", layout="in_out", shared_experts=1),
+    "gated, clamped": dict(score="sqrtsoftplus", expert_bias=True, limit=0.7, shared_experts=2, shared_dim=10, shared_gate=True),
+    "geglu": dict(activation="geglu_tanh", shared_experts=1, limit=0.5),
+    "relu2": dict(activation="relu2", shared_experts=1, bias=True, balance="top_k"),
+    "hash": dict(score="sqrtsoftplus", hash_vocab=31, balance="sequence"),
+}  # fmt: skip
+
+
+def filled(name: str) -> nn.MixtureOfExperts:
+    torch.manual_seed(15)
+    module = nn.MixtureOfExperts(HIDDEN, 12, 8, 3, **OPTIONS[name])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=1.0 if parameter.ndim == 1 else HIDDEN**-0.5)
+        if module.expert_bias is not None:
+            module.expert_bias.normal_(std=0.1)
+    return module
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_experts(name: str) -> None:
+    """Every option reaches the computation; a token's bits are its own; the weights load again."""
+    module = filled(name)
+    x, tokens = torch.randn(4, 7, HIDDEN), torch.randint(31, (4, 7))
+    more = dict(tokens=tokens) if name == "hash" else {}
+    y, losses = module(x, **more, return_losses=True, return_experts=True)
+    flat, o = x.flatten(0, 1).double(), OPTIONS[name]
+    d = {n: t.double() if t.is_floating_point() else t for n, t in module.state_dict().items()}
+    logits = flat @ d["router"].T + d.get("router_bias", 0)
+    rule = dict(score=module.score, renormalize=module.renormalize, bias=d.get("expert_bias"))
+    chosen = d["token_experts"][tokens.flatten()] if name == "hash" else None
+    r = moe_reference.route(logits, 3, **rule, experts=chosen)
+    assert torch.equal(losses.experts.flatten(0, 1).int(), r.experts)
+    keys = ("activation", "limit", "weight_on", "layout")
+    biases = {n: d.get(n) for n in ("b_gate_up", "b_down")}
+    want = moe_reference.moe(flat, d["w_gate_up"], d["w_down"], r.weights, r.experts, **{n: o[n] for n in keys if n in o}, **biases)
+    if module.shared is not None:
+        up = flat @ d["shared.up_proj.weight"].T
+        z = up if module.activation == "relu2" else torch.cat((flat @ d["shared.gate_proj.weight"].T, up), -1)
+        out = moe_reference.activate(z, module.activation, module.limit) @ d["shared.down_proj.weight"].T
+        want = want + out * (torch.sigmoid(flat @ d["shared_gate.weight"].T) if "shared_gate" in o else 1)
+    torch.testing.assert_close(y.flatten(0, 1).double(), want, rtol=1e-4, atol=1e-5)
+    for b, s in ((0, 0), (2, 5)):
+        alone = module(x[b, s][None], **{n: t[b, s][None] for n, t in more.items()})
+        assert_bitwise(alone[0], y[b, s])
+    copy = nn.MixtureOfExperts(HIDDEN, 12, 8, 3, **o)
+    copy.load_state_dict(module.state_dict())
+    assert_bitwise(copy(x, **more), y)
+
+
+def test_balance_of_sequences_and_normalisations() -> None:
+    """balance="sequence": each row of x, without its padding, is a sequence; "top_k" is K times "one"."""
+    x, valid = torch.randn(3, 9, HIDDEN), torch.arange(9) < torch.tensor([9, 0, 4])[:, None]
+    found = {}
+    for balance in ("one", "top_k", "sequence"):
+        torch.manual_seed(16)
+        module = nn.MixtureOfExperts(HIDDEN, 12, 8, 3, score="sigmoid", balance=balance)
+        found[balance] = module(x, valid=valid, return_losses=True)[1].balance
+        alone = [module(x[b][valid[b]], return_losses=True)[1].balance for b in (0, 2)]
+    torch.testing.assert_close(found["top_k"], 3 * found["one"])
+    torch.testing.assert_close(found["sequence"], sum(alone) / 3)  # an empty sequence counts as 0
+
+
 @pytest.mark.parametrize(
     "arguments, options, name",
     [
@@ -309,6 +375,13 @@ def test_expert_gradients_flow() -> None:
         ((8, 0), {}, "top_k"),
         ((8, 2), dict(n_group=3), "n_group"),
         ((8, 2), dict(score="relu"), "score"),
+        ((8, 2), dict(activation="silu"), "activation"),
+        ((8, 2), dict(activation="gpt_oss", shared_experts=1), "activation"),
+        ((8, 2), dict(layout="hf"), "layout"),
+        ((8, 2), dict(weight_on="both"), "weight_on"),
+        ((8, 2), dict(limit=-1.0), "limit"),
+        ((8, 2), dict(balance="half"), "balance"),
+        ((8, 2), dict(shared_gate=True), "shared_gate"),
     ],
 )
 def test_expert_errors_are_named(arguments: tuple, options: dict, name: str) -> None:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thinkernel.models.transformer import Transformer
+from thinkernel.models.transformer import Transformer, stack_experts
+from thinkernel.nn import expert_dtype
 
 COMPACT_BELOW = 0.75  # finished sequences are dropped from the batch when fewer than this share is still running
 
@@ -23,12 +24,15 @@ COMPACT_BELOW = 0.75  # finished sequences are dropped from the batch when fewer
 class Generation(NamedTuple):
     """tokens [R, N] int64, `pad_token` after the end; lengths [R] int64 counts the stop token; logprob [R, N] float32:
     log-probability of each token under softmax(logits / temperature), before top-k and top-p, 0 after the end;
-    stopped [R] bool: ended by a stop token. Sequence b·G + g is sample g of prompt b."""
+    stopped [R] bool: ended by a stop token. Sequence b·G + g is sample g of prompt b.
+    experts [R, P + N − 1, expert layers, K], where asked for: the experts that every token read (the prompt's, then the
+    completion's without its last) went to, in `nn.expert_dtype`; 0 behind a sequence's end."""
 
     tokens: Tensor
     lengths: Tensor
     logprob: Tensor
     stopped: Tensor
+    experts: Tensor | None = None
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -130,13 +134,15 @@ def generate(
     seeds: int | Sequence[int] | Tensor = 0,
     stop_tokens: int | Sequence[int] = (),
     pad_token: int = 0,
+    return_experts: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Sample `samples` continuations of every prompt.
 
     prompts: tokens [B, P] padded on the right with their lengths [B], or a list of lists. A prompt is read once,
     whatever its number of samples. seeds: one per sequence [B·samples], or one number s, from which sequence r gets
-    the seed s + r. progress(done, total) is called after every token."""
+    the seed s + r. return_experts records every expert choice, for a training forward to replay (docs/moe.md): one byte
+    (two from 257 experts on) per token, layer and choice. progress(done, total) is called after every token."""
     _check(max_new_tokens, samples, temperature, top_k, top_p)
     device = model.embedding.weight.device
     prompts, lengths = pad_prompts(prompts, lengths, pad_token, device)
@@ -154,13 +160,23 @@ def generate(
         logprob=torch.zeros(total, max_new_tokens, device=device),
         stopped=torch.zeros(total, dtype=torch.bool, device=device),
     )
+    config = model.config
+    expert_layers = sum(map(config.is_moe, range(config.layers)))
+    if return_experts and expert_layers:
+        size = (total, prompts.shape[1] + max_new_tokens - 1, expert_layers, config.experts_per_token)
+        out = out._replace(experts=torch.zeros(size, dtype=expert_dtype(config.experts), device=device))
     if total == 0:
         return out
     noise = uniform_noise(seeds, max_new_tokens)  # [R, N]
 
     # The prompts, once each; the hidden state that predicts the first new token is the prompt's last.
     cache = model.new_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)
-    h, _ = model.hidden_states(prompts, lengths=lengths, cache=cache)  # [B, P, hidden]
+    h, losses = model.hidden_states(prompts, lengths=lengths, cache=cache, return_experts=return_experts)  # [B, P, hidden]
+    if out.experts is not None:
+        chosen = stack_experts(losses)  # [B, P, expert layers, K]
+        assert chosen is not None
+        out.experts[:, : prompts.shape[1]] = chosen.repeat_interleave(samples, dim=0)
+    read = lengths.repeat_interleave(samples)  # [R] tokens of the prompt
     last = h[torch.arange(len(lengths), device=device), lengths - 1].repeat_interleave(samples, dim=0)  # [R, hidden]
     cache = cache.repeat(samples)
 
@@ -188,6 +204,10 @@ def generate(
                     kept = running.nonzero().squeeze(-1)
                     rows, tokens, running, cache = rows[kept], tokens[kept], running[kept], cache.select(kept)
         if step + 1 < max_new_tokens:
-            h, _ = model.hidden_states(tokens[:, None], cache=cache)  # [A, 1, hidden]
+            h, losses = model.hidden_states(tokens[:, None], cache=cache, return_experts=return_experts)  # [A, 1, hidden]
+            if out.experts is not None:
+                chosen = stack_experts(losses)  # [A, 1, expert layers, K]
+                assert chosen is not None
+                out.experts[rows[running], read[rows[running]] + step] = chosen[running, 0]
             last = h[:, 0]
     return out

@@ -23,6 +23,7 @@ from thinkernel.nn import (
     GroupedQueryAttention,
     LinearLogProb,
     MixtureOfExperts,
+    MoELosses,
     MultiHeadLatentAttention,
     RotaryEmbedding,
     SparseLatentAttention,
@@ -33,8 +34,9 @@ class ModelOutput(NamedTuple):
     """What a forward returns; what was not asked for is None.
 
     logits [B, S, V] without targets; logprob and entropy [B, S] float32 with them (0 where the target is ignored).
-    indexer_loss: mean over real tokens and layers; balance_loss: mean over the expert layers, 1 when balanced;
-    expert_counts [expert layers, E] int32, for `update_expert_bias`.
+    indexer_loss: mean over real tokens and layers; balance_loss and router_z_loss: mean over the expert layers, balance 1
+    when balanced; expert_counts [expert layers, E] int32, for `update_expert_bias`. experts [B, S, expert layers, K]: the
+    choices, in `nn.expert_dtype`, 0 for padding.
     """
 
     logits: Tensor | None = None
@@ -43,12 +45,13 @@ class ModelOutput(NamedTuple):
     indexer_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     expert_counts: Tensor | None = None
+    router_z_loss: Tensor | None = None
+    experts: Tensor | None = None
 
 
 class LayerLosses(NamedTuple):
     indexer: Tensor | None = None  # [B, S]
-    balance: Tensor | None = None  # scalar
-    counts: Tensor | None = None  # [E] int32
+    moe: MoELosses | None = None  # of a layer of experts, where asked for
 
 
 def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | MultiHeadLatentAttention:
@@ -128,7 +131,9 @@ class Block(nn.Module):
         cache: tuple[Tensor, ...] | None = None,
         step: CacheStep | None = None,
         sparse: bool = True,
+        experts: Tensor | None = None,
         return_losses: bool = False,
+        return_experts: bool = False,
     ) -> tuple[Tensor, LayerLosses]:
         options: dict = dict(key_start=key_start, cache=cache, step=step)
         is_sparse = isinstance(self.attention, SparseLatentAttention)
@@ -141,10 +146,11 @@ class Block(nn.Module):
         x = self.feed_forward_norm(h)
         if not isinstance(self.feed_forward, MixtureOfExperts):
             return h + self.feed_forward(x), LayerLosses(indexer)
-        if not return_losses:
-            return h + self.feed_forward(x, valid=valid), LayerLosses(indexer)
-        out, moe_losses = self.feed_forward(x, valid=valid, return_losses=True)
-        return h + out, LayerLosses(indexer, moe_losses.balance, moe_losses.counts)
+        routing: dict = dict(valid=valid, experts=experts)
+        if not (return_losses or return_experts):
+            return h + self.feed_forward(x, **routing), LayerLosses(indexer)
+        out, losses = self.feed_forward(x, **routing, return_losses=return_losses, return_experts=return_experts)
+        return h + out, LayerLosses(indexer, losses)
 
 
 class Transformer(nn.Module):
@@ -190,12 +196,20 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         sparse: bool = True,
+        experts: Tensor | None = None,
         return_losses: bool = False,
+        return_experts: bool = False,
     ) -> tuple[Tensor, list[LayerLosses]]:
         """The final, normalised hidden states [B, S, hidden] that the head reads, and the layers' losses.
 
         The arguments are those of `forward`."""
         self._check(tokens, lengths, key_start, cache, return_losses)
+        expert_layers = [layer for layer in range(self.config.layers) if self.config.is_moe(layer)]
+        if experts is not None:
+            wanted = (*tokens.shape, len(expert_layers), self.config.experts_per_token)
+            if experts.shape != wanted:
+                raise ValueError(f"experts: got shape {tuple(experts.shape)}, takes [B, S, expert layers, K] = {wanted}")
+        choices = {} if experts is None else dict(zip(expert_layers, experts.unbind(2)))  # [B, S, K] each
         size = tokens.shape[1]
         slots = torch.arange(size, device=tokens.device)  # [S]
         step = None if cache is None else cache.begin(size)
@@ -222,7 +236,9 @@ class Transformer(nn.Module):
                 cache=None if cache is None else cache.layers[layer],
                 step=step,
                 sparse=sparse,
+                experts=choices.get(layer),
                 return_losses=return_losses,
+                return_experts=return_experts,
             )
             losses.append(layer_losses)
         if cache is not None and step is not None:
@@ -241,7 +257,9 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         sparse: bool = True,
+        experts: Tensor | None = None,
         return_losses: bool = False,
+        return_experts: bool = False,
     ) -> ModelOutput:
         """tokens [B, S] -> logits, or with targets [B, S] (-100 is ignored) log-probabilities and entropy under
         softmax(logits / temperature), with no [B, S, V] tensor.
@@ -252,7 +270,9 @@ class Transformer(nn.Module):
         cache: the tokens are appended and see all that is in it; lengths then says how many of them are real. No
         gradient flows through what a cache held before.
         sparse=False: the indexer's warm-up stage, dense attention and its loss over all keys.
-        return_losses: fill in indexer_loss, balance_loss and expert_counts."""
+        experts [B, S, expert layers, K]: routing replay, these choices (of `Generation.experts`, or an earlier forward's
+        `experts`) with the live router's weights.
+        return_losses: fill in indexer_loss, balance_loss, expert_counts and router_z_loss; return_experts: experts."""
         h, losses = self.hidden_states(
             tokens,
             lengths=lengths,
@@ -260,9 +280,11 @@ class Transformer(nn.Module):
             positions=positions,
             cache=cache,
             sparse=sparse,
+            experts=experts,
             return_losses=return_losses,
+            return_experts=return_experts,
         )
-        extra = _collect(losses, lengths, tokens.shape[1]) if return_losses else {}
+        extra = _collect(losses, lengths, tokens.shape[1]) if return_losses or return_experts else {}
         if targets is None:
             return ModelOutput(logits=self.head(h), **extra)
         if targets.shape != tokens.shape:
@@ -306,8 +328,18 @@ def _collect(losses: list[LayerLosses], lengths: Tensor | None, size: int) -> di
             real = torch.arange(size, device=per_token.device) < lengths[:, None]  # [B, S]
             total = torch.where(real, per_token, 0.0).sum()
             fields["indexer_loss"] = total / real.sum().clamp(min=1)
-    balance = [layer.balance for layer in losses if layer.balance is not None]
-    if balance:
-        fields["balance_loss"] = torch.stack(balance).mean()
-        fields["expert_counts"] = torch.stack([layer.counts for layer in losses if layer.counts is not None])
+    of_experts = [layer.moe for layer in losses if layer.moe is not None]
+    for name, source in (("balance_loss", "balance"), ("router_z_loss", "z"), ("expert_counts", "counts")):
+        found = [getattr(layer, source) for layer in of_experts if getattr(layer, source) is not None]
+        if found:
+            fields[name] = torch.stack(found) if source == "counts" else torch.stack(found).mean()
+    chosen = stack_experts(losses)
+    if chosen is not None:
+        fields["experts"] = chosen
     return fields
+
+
+def stack_experts(losses: list[LayerLosses]) -> Tensor | None:
+    """The recorded choices of all layers of experts, [B, S, expert layers, K]; None where none were."""
+    chosen = [layer.moe.experts for layer in losses if layer.moe is not None and layer.moe.experts is not None]
+    return torch.stack(chosen, 2) if chosen else None

@@ -5,7 +5,7 @@ from thinkernel.nn.cache import CacheStep
 from thinkernel.nn.grpo import GRPOLoss, LinearLogProb
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
-from thinkernel.nn.moe import FeedForward, MixtureOfExperts, MoELosses
+from thinkernel.nn.moe import FeedForward, MixtureOfExperts, MoELosses, expert_dtype
 from thinkernel.nn.native_sparse import BlockCompression, NativeSparseAttention
 from thinkernel.nn.norm import ZeroCentredRMSNorm
 from thinkernel.nn.rope import LinearRope, Llama3Rope, RotaryEmbedding, Yarn, packed_positions
@@ -30,5 +30,6 @@ __all__ = [
     "SparseLatentAttention",
     "Yarn",
     "ZeroCentredRMSNorm",
+    "expert_dtype",
     "packed_positions",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,6 +55,16 @@ def same_device(first: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: got device {other.device}, takes the device of {first}, {x.device}")
 
 
+def process_group(name: str, group: Any) -> None:
+    """A torch.distributed group that this process is a member of, or None."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: got {type(group).__name__}, takes a torch.distributed group (dist.group.WORLD, dist.new_group(…))")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{name}: this process is not a member of it")
+
+
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(repr(c) for c in choices)}")
@@ -85,13 +96,6 @@ def integer(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, takes an integer of at least {minimum}")
     if value < minimum:
         raise ValueError(f"{name}: got {value}, takes an integer of at least {minimum}")
-
-
-def not_yet(function: str, **arguments: Any) -> None:
-    """Each argument given (not None, not False) is one that no backend has yet."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{function}: {name} is not implemented yet")
 
 
 def checks_contents(x: Tensor) -> bool:

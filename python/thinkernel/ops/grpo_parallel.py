@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinkernel.ops import checks
 from thinkernel.ops.grpo import _cpu_backward, _cpu_forward, gradient_buffer, linear_logprob_forward
 from thinkernel.ops.logprob import check_target
 
@@ -28,10 +29,7 @@ def vocabulary_parallel(
     ignore_index: int, entropy: bool, keep: int, group: Any,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, D], weight [V, D], target [N] of global token numbers -> logprob, entropy [N], the same on every rank."""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: got {type(group).__name__}, takes a torch.distributed group (dist.group.WORLD, dist.new_group(…))")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: this process is not a member of it")
+    checks.process_group("group", group)
     choice = linear_logprob_forward.choose((hidden, weight, target, bias, temperature, softcap, ignore_index, entropy, keep))
     if choice.backend != "cpu":
         raise NotImplementedError(f"linear_logprob: group is not implemented on backend {choice.backend!r}, only on 'cpu'")

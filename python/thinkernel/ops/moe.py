@@ -295,31 +295,37 @@ def _may_keep_packed(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def load_balancing_loss(probs: Tensor, counts: Tensor, *, normalize: str = "one", group: object | None = None) -> Tensor:
+def load_balancing_loss(probs: Tensor, counts: Tensor, *, normalize: str = "one", group: Any = None) -> Tensor:
     """E / (K·T²)·Σ_e count_e·Σ_t p_te -> scalar, 1 when balanced (Megatron, Switch Transformer arXiv 2101.03961).
 
-    probs [T, E], counts [E]; normalize="top_k" leaves the 1/K out (transformers). Differentiable in probs.
+    probs [T, E], counts [E]; normalize="top_k" leaves the 1/K out (transformers). Differentiable in probs, not in counts.
+    group: a torch.distributed group over whose tokens T, count and Σ p are summed. Every rank gets the same loss, and as
+    gradient the part of its own probs: added over the ranks they are the whole (averaged, as DDP does, 1/ranks of it).
     """
     checks.tensor("probs", probs, 2, "[T, E]")
     checks.tensor("counts", counts, 1, "[E]", (*checks.INTEGERS, *checks.FLOATS))
     checks.shape("counts", counts, probs.shape[1:], "[E]")
     checks.one_of("normalize", normalize, ("one", "top_k"))
-    checks.not_yet("load_balancing_loss", group=group)
+    checks.process_group("group", group)
     plain("load_balancing_loss", probs)
-    return reference.load_balancing_loss(probs, counts, normalize=normalize)
+    return reference.load_balancing_loss(probs, counts, normalize=normalize, group=group)
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
-    """mean_t (logsumexp_e z_te)² -> scalar (ST-MoE, arXiv 2202.08906). logits [T, E]; differentiable."""
+def router_z_loss(logits: Tensor, *, group: Any = None) -> Tensor:
+    """mean_t (logsumexp_e z_te)² -> scalar (ST-MoE, arXiv 2202.08906). logits [T, E]; differentiable.
+
+    group: the mean over all its ranks' tokens, gradients as in load_balancing_loss."""
     checks.tensor("logits", logits, 2, "[T, E]")
+    checks.process_group("group", group)
     plain("router_z_loss", logits)
-    return reference.router_z_loss(logits)
+    return reference.router_z_loss(logits, group=group)
 
 
-def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor) -> Tensor:
+def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor, *, group: Any = None) -> Tensor:
     """DeepSeek-V3's balance loss within each sequence, averaged over sequences -> scalar (arXiv 2412.19437).
 
     scores [N, E], experts [N, K], cu_seqlens [B + 1] rising from 0 to N. Differentiable in scores; balanced = 1.
+    group: the mean over all its ranks' sequences, gradients as in load_balancing_loss.
     """
     checks.tensor("scores", scores, 2, "[N, E]")
     checks.tensor("experts", experts, 2, "[N, K]", checks.INTEGERS)
@@ -327,18 +333,20 @@ def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor) -
     checks.tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]", checks.INTEGERS)
     checks.cumulative("cu_seqlens", cu_seqlens, scores.shape[0])
     checks.within("experts", experts, 0, scores.shape[1] - 1, "E of scores")
+    checks.process_group("group", group)
     plain("sequence_balance_loss", scores)
-    return reference.sequence_balance_loss(scores, experts, cu_seqlens)
+    return reference.sequence_balance_loss(scores, experts, cu_seqlens, group=group)
 
 
-def update_expert_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3, group: object | None = None) -> None:
+def update_expert_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3, group: Any = None) -> None:
     """bias += rate·sign(mean(counts) − counts), in place: balance without an auxiliary loss (arXiv 2408.15664).
 
-    bias [E], counts [E], summed over the process group `group` first.
+    bias [E], counts [E], summed over the process group `group` first. Nothing here is differentiable.
     """
     checks.tensor("bias", bias, 1, "[E]")
     checks.tensor("counts", counts, 1, "[E]", (*checks.INTEGERS, *checks.FLOATS))
     checks.shape("counts", counts, bias.shape, "[E]")
     checks.same_device("bias", bias, counts=counts)
+    checks.process_group("group", group)
     plain("update_expert_bias", bias)
     reference.update_expert_bias(bias, counts, rate=rate, group=group)

@@ -10,9 +10,11 @@ is: routing weights, tokens and expert weights have gradients; a selection and a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,6 +53,24 @@ def _sqrt_softplus(z: Tensor) -> Tensor:
     cut = -35.0 if z.dtype == torch.float64 else -15.0
     inner = z.clamp(min=cut)
     return torch.where(z < cut, (z.clamp(max=cut) / 2).exp(), torch.logaddexp(inner, torch.zeros_like(inner)).sqrt())
+
+
+def router_scores(logits: Tensor, score: str) -> Tensor:
+    """s of route's table, [N, E]: what weighs. float32, or float64 for float64 logits."""
+    z = _compute(logits)
+    if score == "softmax":
+        return z.softmax(-1)
+    if score == "softmax_topk":
+        return z
+    return _sqrt_softplus(z) if score == "sqrtsoftplus" else z.sigmoid()
+
+
+def router_probabilities(logits: Tensor, score: str) -> Tensor:
+    """What a balance loss averages: softmax(z), or s / Σ_E s where s is no softmax. [N, E], rows sum to 1."""
+    if score.startswith("softmax"):
+        return _compute(logits).softmax(-1)
+    s = router_scores(logits, score)
+    return s / s.sum(-1, keepdim=True)
 
 
 def _keep_groups(choice: Tensor, n_group: int, topk_group: int, group_score: str) -> Tensor:
@@ -114,13 +134,7 @@ def route(
         raise ValueError(f"score: got {score!r}, takes one of {SCORES}")
     n_expert = logits.shape[-1]
     z = _compute(logits)  # [N, E]
-    s = {
-        "softmax": lambda: z.softmax(-1),
-        "softmax_topk": lambda: z,
-        "sigmoid": z.sigmoid,
-        "sigmoid_topk": z.sigmoid,
-        "sqrtsoftplus": lambda: _sqrt_softplus(z),
-    }[score]()
+    s = router_scores(logits, score)  # [N, E]
 
     if experts is None:
         with torch.no_grad():
@@ -244,56 +258,76 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table)
 
 
-def load_balancing_loss(
-    probs: Tensor, counts: Tensor, *, normalize: str = "one", group: object | None = None
-) -> Tensor:
+def _over_group(x: Tensor, group: Any) -> Tensor:
+    """x summed over the process group in rank order, the same bits on every rank; the gradient is this rank's own."""
+    if group is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    return reduce(torch.add, parts) + (x - x.detach())
+
+
+def load_balancing_loss(probs: Tensor, counts: Tensor, *, normalize: str = "one", group: Any = None) -> Tensor:
     """``E / (K·T²) · Σ_e count_e · Σ_t p_te``: 1 when balanced (Megatron). probs [T, E], counts [E] of K·T slots.
 
     ``normalize="top_k"`` leaves the 1/K out: K when balanced (transformers, Switch Transformer for K = 1).
-    The gradient goes through probs alone.
+    The gradient goes through probs alone. With a ``group``, T, count and Σ p are those of all its ranks' tokens; every
+    rank gets the same loss, and the part of its gradient that is its own probs': added over the ranks they are the whole.
     """
     if normalize not in ("one", "top_k"):
         raise ValueError(f"normalize: got {normalize!r}, takes 'one' or 'top_k'")
-    if group is not None:
-        raise NotImplementedError("group: load_balancing_loss over a process group is not implemented")
     p = _compute(probs)
     n_token, n_expert = p.shape
+    if group is not None:
+        sums = torch.cat([p.sum(0).double(), counts.double(), counts.new_full((1,), n_token, dtype=torch.float64)])
+        total, load, tokens = _over_group(sums, group).split((n_expert, n_expert, 1))
+        slots = tokens if normalize == "top_k" else load.sum().clamp(min=1)
+        return (n_expert * (load.detach() / slots.clamp(min=1) * total / tokens.clamp(min=1)).sum()).to(p.dtype)
     if n_token == 0:
         return p.sum()
     share = counts.to(p.dtype) / (counts.sum().clamp(min=1) if normalize == "one" else n_token)  # [E]
     return n_expert * (share * p.mean(0)).sum()
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
-    """``mean_t logsumexp_e(z_te)²`` (ST-MoE). logits [T, E]."""
+def _mean(total: Tensor, number: int, group: Any) -> Tensor:
+    """total / number, both summed over the group; 0 of nothing."""
+    if group is None:
+        return total / max(number, 1)
+    both = _over_group(torch.stack([total.double(), total.new_tensor(number, dtype=torch.float64)]), group)
+    return (both[0] / both[1].detach().clamp(min=1)).to(total.dtype)
+
+
+def router_z_loss(logits: Tensor, *, group: Any = None) -> Tensor:
+    """``mean_t logsumexp_e(z_te)²`` (ST-MoE). logits [T, E]; with a group the mean over all its ranks' tokens."""
     z = _compute(logits)
-    return z.logsumexp(-1).square().sum() / max(z.shape[0], 1)
+    return _mean(z.logsumexp(-1).square().sum(), z.shape[0], group)
 
 
-def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor) -> Tensor:
+def sequence_balance_loss(scores: Tensor, experts: Tensor, cu_seqlens: Tensor, *, group: Any = None) -> Tensor:
     """DeepSeek-V3's balance loss: load_balancing_loss within each sequence, its mean over the B sequences.
 
     scores [N, E] (sigmoid or softmax, before selection) become ``p = s / Σ_E s``; experts [N, K], cu_seqlens [B + 1].
-    An empty sequence counts as 0. Balanced = 1; multiply by alpha (1e-4 in DeepSeek-V3).
+    An empty sequence counts as 0. Balanced = 1; multiply by alpha (1e-4 in DeepSeek-V3). The gradient goes through
+    scores alone; with a group the mean is over all its ranks' sequences.
     """
     s = _compute(scores)
     n_expert = s.shape[-1]
     p = s / s.sum(-1, keepdim=True)  # [N, E]
-    total = s.new_zeros(())
+    total = p[:0].sum()  # 0, and differentiable without a sequence too
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds[:-1], bounds[1:]):
         counts = torch.bincount(experts[start:end].reshape(-1).long(), minlength=n_expert)
         total = total + load_balancing_loss(p[start:end], counts)
-    return total / max(len(bounds) - 1, 1)
+    return _mean(total, len(bounds) - 1, group)
 
 
 @torch.no_grad()
-def update_expert_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3, group: object | None = None) -> None:
+def update_expert_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3, group: Any = None) -> None:
     """``bias += rate · sign(mean(counts) − counts)``, in place; counts are summed over ``group`` first.
 
     Auxiliary-loss-free balancing (DeepSeek-V3). bias [E], counts [E].
     """
     load = counts.to(torch.float64)
     if group is not None:
-        torch.distributed.all_reduce(load, group=group)
+        dist.all_reduce(load, group=group)
     bias.add_((load.mean() - load).sign().to(bias.dtype), alpha=rate)

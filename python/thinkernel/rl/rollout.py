@@ -30,7 +30,8 @@ def derive_seed(*parts: int | str) -> int:
 @dataclass(frozen=True)
 class Rollout:
     """Per sequence: prompt and completion tokens, the log-probability each sampled token was drawn with, the
-    completion as text, and whether the model ended it itself. tokens counts sampled tokens."""
+    completion as text, and whether the model ended it itself. experts, where recorded: the experts that its tokens but
+    the last went to, [S, expert layers, K] of `nn.expert_dtype`. tokens counts sampled tokens."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -38,6 +39,7 @@ class Rollout:
     texts: list[str]
     finished: list[bool]
     seconds: float
+    experts: list[Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -48,23 +50,26 @@ class Batch(NamedTuple):
     """What a training forward reads: at position t the model sees tokens[:, t] and predicts targets[:, t].
 
     tokens, targets [R, S] int64 (targets are IGNORED outside completions), lengths [R], mask [R, S] and
-    old_logprob [R, S] float32 (0 outside completions)."""
+    old_logprob [R, S] float32 (0 outside completions). experts [R, S, expert layers, K]: recorded choices to replay."""
 
     tokens: Tensor
     targets: Tensor
     lengths: Tensor
     mask: Tensor
     old_logprob: Tensor
+    experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples completions in batches of at most `rows` sequences. show_progress: a bar over the decoding steps."""
+    """Samples completions in batches of at most `rows` sequences. record_experts: keeps the expert choices, for replay.
+    show_progress: a bar over the decoding steps."""
 
     model: Transformer
     max_new_tokens: int
     temperature: float = 1.0
     rows: int = 1024
+    record_experts: bool = False
     show_progress: bool = False
 
     def sample(self, prompts: Sequence[str], *, samples: int = 1, seed: int, label: str = "rollout") -> Rollout:
@@ -75,6 +80,7 @@ class Sampler:
         completions: list[list[int]] = []
         logprobs: list[list[float]] = []
         finished: list[bool] = []
+        experts: list[Tensor] = []
         start = time.perf_counter()
         with tqdm(
             total=len(batches) * self.max_new_tokens,
@@ -97,12 +103,16 @@ class Sampler:
                     seeds=seed + number * per_batch * samples,
                     stop_tokens=tokenizer.EOS,
                     pad_token=tokenizer.PAD,
+                    return_experts=self.record_experts,
                     progress=advance,
                 )
                 for row, length in enumerate(out.lengths.tolist()):
                     completions.append(out.tokens[row, :length].tolist())
                     logprobs.append(out.logprob[row, :length].tolist())
                 finished += out.stopped.tolist()
+                if out.experts is not None:
+                    sizes = [len(batch[row // samples]) + length - 1 for row, length in enumerate(out.lengths.tolist())]
+                    experts += [out.experts[row, :size].clone() for row, size in enumerate(sizes)]
         return Rollout(
             prompts=[prompt for prompt in encoded for _ in range(samples)],
             completions=completions,
@@ -110,6 +120,7 @@ class Sampler:
             texts=[tokenizer.decode(completion) for completion in completions],
             finished=finished,
             seconds=time.perf_counter() - start,
+            experts=experts or None,
         )
 
 
@@ -117,6 +128,7 @@ def make_batch(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     logprobs: Sequence[Sequence[float]] | None = None,
+    experts: Sequence[Tensor] | None = None,
 ) -> Batch:
     """Sequences as right-padded tensors."""
     lengths = torch.tensor([len(p) + len(c) - 1 for p, c in zip(prompts, completions)], dtype=torch.int64)  # [R]
@@ -131,4 +143,5 @@ def make_batch(
         targets[row, first:last] = torch.tensor(list(completion))
         if logprobs is not None:
             old_logprob[row, first:last] = torch.tensor(logprobs[row])
-    return Batch(tokens, targets, lengths, (targets != IGNORED).float(), old_logprob)
+    replayed = torch.nn.utils.rnn.pad_sequence(list(experts), batch_first=True) if experts else None
+    return Batch(tokens, targets, lengths, (targets != IGNORED).float(), old_logprob, replayed)

@@ -51,6 +51,7 @@ class TrainConfig:
     loss_type: str = "dapo"
     epsilon: float = 0.2
     epsilon_high: float = 0.28
+    replay: bool = False  # the update sends every token to the experts that it went to when it was sampled
     checkpoint_every: int = 5
 
     def as_dict(self) -> dict:
@@ -92,6 +93,7 @@ def apply_update(
         temperature=temperature,
         lengths=batch.lengths,
         sparse=sparse,
+        experts=batch.experts,
         return_losses=True,
     )
     loss, metrics = loss_of(output)
@@ -128,7 +130,7 @@ class Trainer:
         self.model, self.config, self.folder = model, config, folder
         self.optimizer = make_optimizer(model, config)
         self.loss = make_loss(config)
-        self.sampler = Sampler(model, config.max_new_tokens, config.temperature)
+        self.sampler = Sampler(model, config.max_new_tokens, config.temperature, record_experts=config.replay)
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.notes: dict = {}  # whatever the caller wants to find again after a resume
@@ -161,8 +163,12 @@ class Trainer:
         active = advantages.nonzero().flatten()  # [A]
         metrics: dict[str, float] = {}
         if len(active):
-            parts = (rollout.prompts, rollout.completions, rollout.logprobs)
-            batch = make_batch(*([rows[i] for i in active.tolist()] for rows in parts))
+            kept = active.tolist()
+            prompts, completions, logprobs = (
+                [rows[i] for i in kept] for rows in (rollout.prompts, rollout.completions, rollout.logprobs)
+            )
+            experts = None if rollout.experts is None else [rollout.experts[i] for i in kept]
+            batch = make_batch(prompts, completions, logprobs, experts)
             metrics = self.update(batch, advantages[active])
         end = time.perf_counter()
         record = {
@@ -227,7 +233,7 @@ class Trainer:
         """Takes up the checkpoint in the folder. ValueError where it belongs to a run with other settings."""
         state = checkpoint.load(self.checkpoint_path)
         for name, here, there in (
-            ("settings", self.config.as_dict(), state["config"]),
+            ("settings", self.config.as_dict(), TrainConfig().as_dict() | state["config"]),  # as before there were as many
             ("model", self.model.config.to_dict(), state["model_config"]),
         ):
             other = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))

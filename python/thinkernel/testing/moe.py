@@ -40,7 +40,7 @@ def torch_moe(
     if weight_on == "output":
         found = found * weigh[at]
     every = found.new_zeros(n * k, x.shape[-1]).index_copy(0, at, found)
-    return every.view(n, k, -1).sum(1).to(x.dtype).view(x.shape)
+    return every.view(n, k, x.shape[-1]).sum(1).to(x.dtype).view(x.shape)
 
 
 def expert_inputs(
