@@ -205,12 +205,14 @@ def _sparse_queries_kernel(k_ptr, index_ptr, ds_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
         tl.store(dq_at + rest[None, :], (dq_rest * scale).to(dq_ptr.dtype.element_ty), mask=(g < G)[:, None] & (rest < D)[None, :])
 
 
-def covers(q: Tensor, kv: Tensor, block_table: Tensor | None) -> str | None:
+def covers(q: Tensor, kv: Tensor, v: Tensor | None, block_table: Tensor | None) -> str | None:
     """Beside what the forward does not cover: why the backward cannot take this call, naming the argument; None if it can."""
     if block_table is not None:
         return "block_table: the backward takes keys that do not lie in pages"
     if kv.dtype == torch.uint8:
         return "kv: quantised latents have no gradient"
+    if q.is_cuda and q.dtype == torch.float32 and v is None and q.shape[-1] > 384 and configs.architecture(q.device) == "sm_80":
+        return f"q: float32 latents of {q.shape[-1]} columns do not fit the shared memory of this GPU (172032 bytes of 166912)"
     rows = kv[..., 0].numel()
     return f"kv: {rows} rows are not below 2^31 - 1" if rows >= NO_KEY else None
 

@@ -231,7 +231,9 @@ class TestEverything:
         check(arch, dtype, mla_calls(dtype)[name])
 
     @pytest.mark.parametrize("name", list(sparse_calls(HALF)))
-    def test_sparse_attention(self, name: str, arch: str, dtype: torch.dtype) -> None:
+    def test_sparse_attention(self, name: str, arch: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+        if arch == "sm_80" and dtype == FLOAT and name.startswith("latents backward"):
+            request.applymarker(pytest.mark.xfail(reason="too much shared memory, which covers() names", strict=True))
         check(arch, dtype, sparse_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)

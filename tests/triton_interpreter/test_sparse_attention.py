@@ -319,10 +319,14 @@ def explained(q: Tensor, kv: Tensor) -> str:
         return tk.explain(tk.sparse_attention, q, kv, torch.zeros(*q.shape[:2], 2, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if "16-heads" in c.name else [])
-             for c in CASES if c.name.startswith("sparse/attention")])
+def validated() -> list[Any]:
+    """The op's cases; by default one, the shapes above being much the same."""
+    cases = [(c, dtype) for c in CASES if c.name.startswith("sparse/attention") for dtype in DTYPES]
+    quick = [pytest.mark.slow], []
+    return [pytest.param(c, d, id=f"{c}-{str(d)[6:]}", marks=quick["gqa" in c.name and d == torch.float16]) for c, d in cases]
+
+
+@pytest.mark.parametrize(("case", "dtype"), validated())
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
     results = list(evaluate(case, "triton", dtype, draws=1))
     messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]

@@ -51,7 +51,7 @@ def backward_covers(
 ) -> str | None:
     from thinkernel.kernels import sparse_attention_backward as kernels
 
-    return kernels.covers(q, kv, block_table) or covers(q, kv, v, indices, *rest)
+    return kernels.covers(q, kv, v, block_table) or covers(q, kv, v, indices, *rest)
 
 
 def backward(
