@@ -234,6 +234,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantages_cuda", &tk::cuda::group_advantages, "Enqueues group_advantages.", py::call_guard<py::gil_scoped_release>());
   m.def("logprob_forward_cuda", &tk::cuda::logprob_forward, "Enqueues logprob.", py::call_guard<py::gil_scoped_release>());
   m.def("logprob_backward_cuda", &tk::cuda::logprob_backward, "Enqueues logprob's gradient.", py::call_guard<py::gil_scoped_release>());
+  bind_params<tk::RouteForwardCudaParams>(m, "RouteForwardCudaParams", TK_FIELDS(tk::RouteForwardCudaParams, TK_ROUTE, groups, top_groups,
+      group_max, bias, replay, chosen, weights, counts, order, offsets, workspace, workspace_bytes));
+  m.def("route_cuda_workspace_bytes", &tk::cuda::route_workspace_bytes, "The scratch that route_forward_cuda wants.");
+  m.def("route_forward_cuda", &tk::cuda::route_forward, "Enqueues route.", py::call_guard<py::gil_scoped_release>());
+  m.def("route_backward_cuda", &tk::cuda::route_backward, "Enqueues route's gradient.", py::call_guard<py::gil_scoped_release>());
   m.def("topk_cuda", &tk::cuda::topk, "Enqueues top-k on a raw CUDA stream.", py::call_guard<py::gil_scoped_release>());
 #endif
   m.attr("cuda_left_out") = TK_CUDA_WHY;  // "" when the CUDA half is in

@@ -43,6 +43,13 @@ class Rows(NamedTuple):
     stages: int
 
 
+class Parts(NamedTuple):
+    block: int  # scores a program looks at at a time
+    warps: int
+    part: int  # scores of one program
+    parts: int  # programs a row
+
+
 # Keys per split: decode works on splits in parallel, prefill walks them in order; both merge them the same way,
 # so the size is part of the result's bits and is not a tuning knob per architecture.
 KEY_SPLIT = 1024
@@ -293,6 +300,40 @@ SPARSE = {
     },
 }
 
+# The indexer: n keys, m pairs (query, head) of at most 64. In "scores", "key" and "target" the keys are the product's rows, in "query"
+# and "lse" the pairs are. "target" and "lse" are of the attention that the indexer's loss follows, whose head dim is walked through
+# TARGET_DEPTH columns at a time.
+INDEXER = {
+    ("sm_80", "half"): {
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 8, 2), "key": Tile(64, 64, 8, 2),
+        "target": Tile(64, 64, 8, 3), "lse": Tile(64, 64, 8, 3),
+    },
+    ("sm_90", "half"): {
+        "scores": Tile(64, 256, 8, 3), "query": Tile(64, 64, 8, 3), "key": Tile(64, 128, 8, 2),
+        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+    },
+    ("sm_100", "half"): {
+        "scores": Tile(64, 128, 8, 3), "query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 2),
+        "target": Tile(64, 128, 8, 3), "lse": Tile(64, 128, 8, 3),
+    },
+    ("sm_80", "float"): {
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
+    },
+    ("sm_90", "float"): {
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
+    },
+    ("sm_100", "float"): {
+        "scores": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(32, 32, 8, 1),
+        "target": Tile(32, 32, 8, 2), "lse": Tile(32, 32, 8, 2),
+    },
+}
+TARGET_DEPTH = {"half": 64, "float": 32}
+
+# Bytes of scores (and of what else a query has for each key) that the indexer's functions hold at a time: see their docstrings.
+INDEXER_WORKSPACE = 128 * 1024 * 1024
+
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
 _INTERPRETER_SPARSE_TILE = Tile(16, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
@@ -395,6 +436,46 @@ def policy_block() -> int:
 def reward_block() -> int:
     """Samples of a group that group_advantages takes at a time."""
     return 4 if INTERPRET else 64
+
+
+def topk(rows: int, length: int) -> Parts:
+    """How top-k's rows are cut up: not at all where there are rows enough for the GPU. The result does not depend on it."""
+    block, enough, shortest = (256, 4, 512) if INTERPRET else (2048, 256, 16384)
+    parts = min(-(-length // shortest), max(1, enough // max(rows, 1)))
+    part = -(-length // (parts * block)) * block if parts > 1 else length
+    block = min(block, max(64, 1 << max(length - 1, 0).bit_length()))
+    return Parts(block, 8 if block >= 2048 else 4, part, -(-length // part) if parts > 1 else 1)
+
+
+def indexer(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, quantised: bool = False) -> Tile:
+    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel. Fewer keys where rows are wide, where their width
+    is no power of two (masks and addresses take registers), and where float32 queries meet quantised keys."""
+    if INTERPRET:
+        return Tile(16, 32, 1, 1)
+    half = kind(dtype) == "half"
+    found = INDEXER[architecture(device), kind(dtype)][kernel]
+    least = 16 if not half else 32 if kernel == "query" else 64
+    halvings = (dim > 128) + (dim & (dim - 1) > 0) + (quantised and not half)
+    return found._replace(n=max(found.n >> halvings, least))
+
+
+def target_depth(dtype: torch.dtype) -> int:
+    return 32 if INTERPRET else TARGET_DEPTH[kind(dtype)]
+
+
+def loss_block() -> int:
+    """Keys of a row that the indexer's loss takes at a time: part of the result's bits."""
+    return 64 if INTERPRET else 1024
+
+
+def collect_block() -> int:
+    """Keys of one program that adds up what rows give to dk."""
+    return 32
+
+
+def workspace() -> int:
+    """Bytes that the indexer's functions hold beside their results."""
+    return 1 << 15 if INTERPRET else INDEXER_WORKSPACE
 
 
 def key_split() -> int:

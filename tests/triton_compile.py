@@ -25,17 +25,20 @@ from thinkernel.kernels import (
     grpo_advantages,
     grpo_logits,
     grpo_policy,
+    indexer,
+    indexer_loss,
     linear,
     mla,
     sparse_attention,
     sparse_attention_backward,
+    topk,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 MODULES = (
-    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, sparse_attention,
-    sparse_attention_backward,
+    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss, linear, mla,
+    sparse_attention, sparse_attention_backward, topk,
 )  # fmt: skip
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -239,3 +242,58 @@ def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: b
     x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
     b, out = torch.empty(1024, dtype=dtype) if bias else None, torch.empty(rows, 1024, dtype=dtype)
     return lambda: linear.linear(x, w.t() if transposed else w, b, out)
+
+
+def topk_call(dtype: torch.dtype, rows: int, length: int, lengths: bool = True) -> Callable[[], None]:
+    scores, counts = torch.empty(rows, length, dtype=dtype), torch.empty(rows, dtype=torch.int32) if lengths else None
+    values, indices = torch.empty(rows, 2048, dtype=dtype), torch.empty(rows, 2048, dtype=torch.int32)
+    return lambda: topk.select(scores, counts, values, indices)
+
+
+def index_inputs(dtype: torch.dtype, B: int = 2, S: int = 512, T: int = 4096, Hi: int = 64, Di: int = 128) -> tuple[torch.Tensor, ...]:
+    return torch.empty(B, S, Hi, Di, dtype=dtype), torch.empty(B, T, Di, dtype=dtype), torch.empty(B, S, Hi)
+
+
+def indexer_scores_call(dtype: torch.dtype, causal: bool = True, **sizes: int) -> Callable[[], None]:
+    """Forward, then backward."""
+    q, k, w = index_inputs(dtype, **sizes)
+    out, dk = torch.empty(*q.shape[:2], k.shape[1]), torch.empty(k.shape)
+
+    def call() -> None:
+        indexer.indexer_scores(q, k, w, out, causal=causal)
+        indexer.indexer_scores_backward(q, k, w, out, torch.empty_like(q), dk, torch.empty_like(w), causal=causal)
+
+    return call
+
+
+def indexer_topk_call(dtype: torch.dtype, paged: bool = False, packed: bool = False, fp8: bool = False, **sizes: int) -> Callable[[], None]:
+    q, k, w = index_inputs(dtype, **sizes)
+    k, scale = (k.to(torch.float8_e4m3fn), torch.empty(k.shape[:-1])) if fp8 else (k, None)
+    more: dict[str, torch.Tensor | None] = dict(k_scale=scale)
+    if paged:
+        k, scale = k.view(-1, 64, k.shape[-1]), None if scale is None else scale.view(-1, 64)
+        more = dict(k_scale=scale, seqlens=torch.zeros(2, dtype=torch.int32), block_table=torch.zeros(2, 64, dtype=torch.int32))
+    if packed:
+        q, k, w, scale = q.flatten(0, 1), k.flatten(0, 1), w.flatten(0, 1), None if scale is None else scale.flatten()
+        cu = torch.tensor([0, 300, len(q)], dtype=torch.int32)
+        more = dict(k_scale=scale, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    indices = torch.empty(*q.shape[:-2], 2048, dtype=torch.int32)
+    return lambda: indexer.indexer_topk(q, k, w, indices, causal=True, **more)
+
+
+def indexer_loss_call(dtype: torch.dtype, sparse: bool = False, lse: bool = False, H: int = 128, Hkv: int = 1, D: int = 576,
+                      **sizes: int) -> Callable[[], None]:
+    """Forward, then backward."""
+    q, k, w = index_inputs(dtype, **sizes)
+    rows, S, T = q.shape[0] * q.shape[1], q.shape[1], k.shape[1]
+    target_q, target_k = torch.empty(rows, H, D, dtype=dtype), torch.empty(q.shape[0], T, Hkv, D, dtype=dtype)
+    indices = torch.empty(rows, 2048, dtype=torch.int32) if sparse else None
+    loss, kept, dk = torch.empty(rows), torch.empty(rows, 2048 if sparse else 3 + 2 * H), torch.empty(k.shape)
+    flat_q, flat_w = q.flatten(0, 1), w.flatten(0, 1)
+
+    def call() -> None:
+        target = indexer_loss.Target(target_q, target_k, S, indices, 0.1)
+        indexer_loss.indexer_loss(flat_q, k, flat_w, target, torch.empty(rows, H) if lse else None, loss, kept)
+        indexer_loss.indexer_loss_backward(flat_q, k, flat_w, target, kept, loss, torch.empty_like(flat_q), dk, torch.empty_like(flat_w))
+
+    return call

@@ -45,6 +45,8 @@ KERNELS = {
     "logprob_backward": Kernel("csrc/cuda/logprob.cu", "tests/gpu/test_grpo_gpu.py"),
     "policy_loss": Kernel("csrc/cuda/policy_loss.cu", "tests/gpu/test_grpo_gpu.py"),
     "group_advantages": Kernel("csrc/cuda/advantages.cu", "tests/gpu/test_grpo_gpu.py"),
+    "route": Kernel("csrc/cuda/route.cu", "tests/gpu/test_route_gpu.py"),
+    "route_backward": Kernel("csrc/cuda/route.cu", "tests/gpu/test_route_gpu.py"),
 }
 
 

@@ -34,6 +34,12 @@ __device__ __forceinline__ void block_barrier() {
   if (number != TK_TEST_REMOVE_BARRIER) __syncthreads();
 }
 
+// __syncwarp(): what a warp's lanes wrote before it, they read after it. Numbered with the block's.
+template <int number>
+__device__ __forceinline__ void warp_barrier() {
+  if (number != TK_TEST_REMOVE_BARRIER) __syncwarp(kFullWarp);
+}
+
 // Inclusive sum over the lanes of a warp.
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   const int lane = threadIdx.x % 32;
@@ -56,6 +62,21 @@ __device__ __forceinline__ T shuffle_down(const T& value, int delta) {
   T result;
   memcpy(&result, words, sizeof(T));
   return result;
+}
+
+__device__ __forceinline__ float shuffle(float value, int lane) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = __shfl_sync(kFullWarp, bits, lane);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The sum over a warp's lanes, the same for each, added in a tree.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) value += shuffle_down(value, delta);
+  return shuffle(value, 0);
 }
 
 // The block's values merged into one, the same for every thread, in an order that only the number of threads decides: lanes

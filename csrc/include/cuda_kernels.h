@@ -7,6 +7,7 @@
 
 #include "grpo.h"
 #include "policy_cuda.h"
+#include "route_cuda.h"
 #include "topk.h"
 
 namespace tk::cuda {
@@ -16,6 +17,10 @@ int64_t topk_workspace_bytes(const TopkParams& params);
 // The k largest scores of each row in ascending order of position: see csrc/cuda/topk_kernel.cuh.
 void topk(const TopkParams& params, std::uintptr_t stream);
 
+// Routing and its gradient: csrc/cuda/route_kernel.cuh. The workspace depends on sizes alone.
+int64_t route_workspace_bytes(const RouteForwardCudaParams& params);
+void route_forward(const RouteForwardCudaParams& params, std::uintptr_t stream);
+void route_backward(const RouteBackwardParams& params, std::uintptr_t stream);
 
 // Log-probability and entropy from given logits, and their gradient: csrc/cuda/logprob_kernel.cuh. A target
 // outside 0..V-1 counts as ignored.

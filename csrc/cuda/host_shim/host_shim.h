@@ -5,6 +5,7 @@
 // that only a missing __syncthreads() would order are reported. Block-shared memory is a heap block of exact size (so
 // AddressSanitizer sees an index past its end), filled with rubbish before each block (CUDA does not zero it either).
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <bit>
@@ -140,6 +141,32 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
     unsigned bits = 0;
     for (unsigned lane = 0; lane < tk_shim::kWarp; ++lane) bits |= static_cast<unsigned>(slots[lane]) << lane;
     return bits;
+  });
+}
+
+inline void __syncwarp(unsigned mask) {
+  if (mask != 0xffffffffu) tk_shim::fail("only full warp masks are supported");
+  tk_shim::context.block->warps[threadIdx.x / tk_shim::kWarp].barrier.arrive_and_wait();
+}
+
+// The lanes that handed in the same value.
+inline unsigned __match_any_sync(unsigned mask, uint32_t value) {
+  return tk_shim::exchange(mask, value, [&](const uint64_t* slots) {
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < tk_shim::kWarp; ++lane) bits |= static_cast<unsigned>(slots[lane] == value) << lane;
+    return bits;
+  });
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  return tk_shim::exchange(mask, value, [](const uint64_t* slots) {
+    return static_cast<uint32_t>(*std::max_element(slots, slots + tk_shim::kWarp));
+  });
+}
+
+inline uint32_t __reduce_min_sync(unsigned mask, uint32_t value) {
+  return tk_shim::exchange(mask, value, [](const uint64_t* slots) {
+    return static_cast<uint32_t>(*std::min_element(slots, slots + tk_shim::kWarp));
   });
 }
 

@@ -56,6 +56,7 @@ class ModelConfig:
     indexer_dim: int = 128
     indexer_rope_interleaved: bool = False
     dense_attention: int = 0  # of a "dsa" model, the first so many layers are plain MLA
+    shared_indexers: tuple[int, ...] = ()  # layers without an indexer: they attend to what the last one before them with one chose
 
     # mixture of experts
     experts: int = 0
@@ -82,6 +83,9 @@ class ModelConfig:
         if self.rotary_dim % 2:
             name = "head_dim" if self.attention == "gqa" else "rope_dim"
             raise ValueError(f"{name}: got {self.rotary_dim}, takes an even number (it is turned in pairs)")
+        if not all(self.dense_attention < layer < self.layers for layer in self.shared_indexers):
+            first = f"the first sparse layer, {self.dense_attention}, has its own"
+            raise ValueError(f"shared_indexers: got {self.shared_indexers}, takes layers below {self.layers} ({first})")
         if self.experts and self.expert_dim < 1:
             raise ValueError(f"expert_dim: got {self.expert_dim}, takes at least 1 where there are experts")
 
@@ -116,4 +120,5 @@ class ModelConfig:
             values["rope_scaling"] = scaling_from_dict(values["rope_scaling"])
         if values.get("window") is not None:
             values["window"] = tuple(values["window"])
+        values["shared_indexers"] = tuple(values.get("shared_indexers", ()))
         return cls(**values)

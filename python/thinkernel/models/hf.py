@@ -1,5 +1,5 @@
 """Weights in and out: our safetensors files, and Hugging Face's weights of llama, mistral, qwen2, qwen3, deepseek_v2,
-deepseek_v3, deepseek_v32 and glm4_moe_lite.
+deepseek_v3, deepseek_v32, glm4_moe_lite and glm_moe_dsa.
 
 Every Hugging Face tensor has one of ours under another name with the same layout, except that checkpoints on disk store
 each expert apart: experts.{e}.gate_proj, up_proj [I, hidden] and down_proj [hidden, I]; we hold w_gate_up
@@ -24,7 +24,7 @@ from thinkernel.nn.rope_scaling import scaling_from_hf
 
 FORMAT = "thinkernel-1"
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")
+DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")
 
 # Ours, theirs; the first that matches a name decides. {} is the layer's number.
 RENAMES = (
@@ -108,16 +108,18 @@ def config_from_hf(config) -> ModelConfig:
             qk_norm=kind == "qwen3",
             window=None if window is None else (window - 1, 0),
         )
+    layers = values["num_hidden_layers"]
     sparse = {}
-    if kind == "deepseek_v32":
+    if kind in ("deepseek_v32", "glm_moe_dsa"):
         sparse = dict(
             attention="dsa",
             top_k=values["index_topk"],
             indexer_heads=values["index_n_heads"],
             indexer_dim=values["index_head_dim"],
+            indexer_rope_interleaved=kind == "glm_moe_dsa",
+            shared_indexers=_shared_indexers(values) if kind == "glm_moe_dsa" else (),
         )
-    layers = values["num_hidden_layers"]
-    first_dense = values.get("first_k_dense_replace", 1 if kind == "glm4_moe_lite" else 0)
+    first_dense = values.get("first_k_dense_replace", {"glm4_moe_lite": 1, "glm_moe_dsa": 3}.get(kind, 0))
     expected = ["dense"] * min(first_dense, layers) + ["sparse"] * max(layers - first_dense, 0)
     if values.get("mlp_layer_types") not in (None, expected):
         raise ValueError(f"config: got mlp_layer_types {values['mlp_layer_types']}, takes {expected}")
@@ -154,6 +156,19 @@ def config_from_hf(config) -> ModelConfig:
         first_dense=first_dense,
         routed_scaling=values["routed_scaling_factor"],
     )
+
+
+def _shared_indexers(values: Mapping) -> tuple[int, ...]:
+    """The layers that reuse the choice of an earlier one: listed, or by a pattern "FSSF…", or by a period and an offset."""
+    layers = values["num_hidden_layers"]
+    types = values.get("indexer_types") or values.get("index_topk_pattern")
+    if types is not None:
+        known = {"full": False, "F": False, "shared": True, "S": True}
+        if len(types) != layers or any(kind not in known for kind in types):
+            raise ValueError(f"config: got indexer_types {types}, takes 'full' or 'shared' for each of {layers} layers")
+        return tuple(layer for layer, kind in enumerate(types) if known[kind])
+    period, offset = max(values.get("index_topk_freq", 1), 1), values.get("index_skip_topk_offset", 2)
+    return tuple(layer for layer in range(layers) if max(layer - offset + 1, 0) % period)
 
 
 # ---- weights

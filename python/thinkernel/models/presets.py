@@ -181,6 +181,24 @@ PRESETS["glm_4_7_flash"] = dataclasses.replace(  # MLA with GLM-5's head dims
 PRESETS["deepseek_v32"] = dataclasses.replace(
     PRESETS["deepseek_v3"], attention="dsa", top_k=2048, indexer_heads=64, indexer_dim=128
 )
+PRESETS["glm_5"] = dataclasses.replace(
+    PRESETS["glm_4_7_flash"],
+    layers=78,
+    hidden=6144,
+    heads=64,
+    ff_dim=12288,
+    attention="dsa",
+    q_latent=2048,
+    top_k=2048,
+    indexer_heads=32,
+    indexer_dim=128,
+    indexer_rope_interleaved=True,
+    experts=256,
+    experts_per_token=8,
+    expert_dim=2048,
+    first_dense=3,
+    routed_scaling=2.5,
+)
 
 
 def preset(name: str, **changes) -> ModelConfig:

@@ -50,8 +50,11 @@ class ModelOutput(NamedTuple):
 
 
 class LayerLosses(NamedTuple):
+    """A layer's losses, and what else goes on from it beside its output."""
+
     indexer: Tensor | None = None  # [B, S]
     moe: MoELosses | None = None  # of a layer of experts, where asked for
+    chosen: Tensor | None = None  # [B, S, K] the keys of a sparse layer, for those after it that share its indexer
 
 
 def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | MultiHeadLatentAttention:
@@ -88,6 +91,7 @@ def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | 
         indexer_heads=config.indexer_heads,
         indexer_dim=config.indexer_dim,
         indexer_rope_interleaved=config.indexer_rope_interleaved,
+        shared_indexer=layer in config.shared_indexers,
         **latent,
     )
 
@@ -131,26 +135,32 @@ class Block(nn.Module):
         cache: tuple[Tensor, ...] | None = None,
         step: CacheStep | None = None,
         sparse: bool = True,
+        chosen: Tensor | None = None,
         experts: Tensor | None = None,
         return_losses: bool = False,
         return_experts: bool = False,
     ) -> tuple[Tensor, LayerLosses]:
+        """chosen: what the sparse layer before this one attended to."""
         options: dict = dict(key_start=key_start, cache=cache, step=step)
-        is_sparse = isinstance(self.attention, SparseLatentAttention)
-        if is_sparse:
-            options |= dict(sparse=sparse, return_indexer_loss=return_losses)
-        out = self.attention(self.attention_norm(h), rope, **options)
-        out, indexer = out if is_sparse and return_losses else (out, None)
+        indexer = None
+        if isinstance(self.attention, SparseLatentAttention):
+            own = self.attention.indexer is not None
+            options |= dict(sparse=sparse, indices=None if own else chosen, return_indices=True)
+            options |= dict(return_indexer_loss=return_losses and own)
+            out, *loss, chosen = self.attention(self.attention_norm(h), rope, **options)
+            indexer = loss[0] if loss else None
+        else:
+            out = self.attention(self.attention_norm(h), rope, **options)
         h = h + out
 
         x = self.feed_forward_norm(h)
         if not isinstance(self.feed_forward, MixtureOfExperts):
-            return h + self.feed_forward(x), LayerLosses(indexer)
+            return h + self.feed_forward(x), LayerLosses(indexer, chosen=chosen)
         routing: dict = dict(valid=valid, experts=experts)
         if not (return_losses or return_experts):
-            return h + self.feed_forward(x, **routing), LayerLosses(indexer)
-        out, losses = self.feed_forward(x, **routing, return_losses=return_losses, return_experts=return_experts)
-        return h + out, LayerLosses(indexer, losses)
+            return h + self.feed_forward(x, **routing), LayerLosses(indexer, chosen=chosen)
+        out, moe_losses = self.feed_forward(x, **routing, return_losses=return_losses, return_experts=return_experts)
+        return h + out, LayerLosses(indexer, moe_losses, chosen)
 
 
 class Transformer(nn.Module):
@@ -226,7 +236,8 @@ class Transformer(nn.Module):
 
         rope = self.rope(positions)
         h = self.embedding(tokens)  # [B, S, hidden]
-        losses = []
+        losses: list[LayerLosses] = []
+        chosen = None
         for layer, block in enumerate(self.blocks):
             h, layer_losses = block(
                 h,
@@ -236,11 +247,13 @@ class Transformer(nn.Module):
                 cache=None if cache is None else cache.layers[layer],
                 step=step,
                 sparse=sparse,
+                chosen=chosen,
                 experts=choices.get(layer),
                 return_losses=return_losses,
                 return_experts=return_experts,
             )
-            losses.append(layer_losses)
+            chosen = layer_losses.chosen
+            losses.append(layer_losses._replace(chosen=None))  # [B, S, K] of one layer at a time
         if cache is not None and step is not None:
             cache.commit(step, lengths)
         return self.norm(h), losses

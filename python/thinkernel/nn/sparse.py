@@ -52,7 +52,9 @@ class Indexer(nn.Module):
 
 
 class SparseLatentAttention(MultiHeadLatentAttention):
-    """MLA whose every query attends to top_k keys. Takes the arguments of MultiHeadLatentAttention besides."""
+    """MLA whose every query attends to top_k keys. Takes the arguments of MultiHeadLatentAttention besides.
+
+    shared_indexer: the layer has no indexer and attends to the keys that an earlier layer chose, which it is given (GLM-5)."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         indexer_heads: int = 64,
         indexer_dim: int = 128,
         indexer_rope_interleaved: bool = False,
+        shared_indexer: bool = False,
         q_latent: int = 1536,
         **options: Any,
     ) -> None:
@@ -72,14 +75,16 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         if top_k < 1:
             raise ValueError(f"top_k: got {top_k}, takes at least 1")
         self.top_k = top_k
-        self.indexer = Indexer(
+        self.indexer = None if shared_indexer else Indexer(
             hidden, q_latent, indexer_heads, indexer_dim, self.rope_dim, rope_interleaved=indexer_rope_interleaved
-        )
+        )  # fmt: skip
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str) -> tuple:
-        """Latents [B, T_max, C + R] and the indexer's keys [B, T_max, Di]."""
+        """Latents [B, T_max, C + R] and, with an indexer, its keys [B, T_max, Di]."""
         if dtype == torch.uint8:
             raise ValueError("dtype: got uint8, takes a floating dtype (sparse attention has no FP8 cache in a module yet)")
+        if self.indexer is None:
+            return super().new_cache(batch, capacity, dtype=dtype, device=device)
         index_keys = torch.zeros(batch, capacity, self.indexer.dim, dtype=dtype, device=device)
         return (*super().new_cache(batch, capacity, dtype=dtype, device=device), index_keys)
 
@@ -92,36 +97,41 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         cache: tuple[Tensor, ...] | None = None,
         step: CacheStep | None = None,
         sparse: bool = True,
+        indices: Tensor | None = None,
         return_indexer_loss: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [B, S, hidden] -> [B, S, hidden], and with return_indexer_loss also the indexer's loss per query [B, S].
+        return_indices: bool = False,
+    ) -> Any:
+        """x [B, S, hidden] -> [B, S, hidden], with return_indexer_loss also the indexer's loss per query [B, S], with
+        return_indices also the chosen keys int32 [B, S, K], for the layers that share them.
 
-        sparse=False is the warm-up stage: dense attention, the loss over all keys. Padding belongs on the right."""
-        if key_start is not None:
-            raise ValueError("key_start: sparse attention takes no left padding; pad on the right")
-        if cache is not None and (return_indexer_loss or not sparse):
-            name = "return_indexer_loss" if return_indexer_loss else "sparse"
-            raise ValueError(f"{name}: takes its default where a cache is given (generation)")
+        sparse=False is the warm-up stage: dense attention, the loss over all keys, no indices (None). indices: of a layer
+        with shared_indexer alone, what an earlier layer returned. Padding belongs on the right."""
+        self._check_sparse(key_start, cache, sparse, indices, return_indexer_loss)
         check_step(cache, step)
         q_nope, q_rope, q_latent = self._queries(x, rope)
         latent, k_rope = self._latents(x, rope)
-        index_q, index_k, index_w = self.indexer(x.detach(), cast(Tensor, q_latent).detach(), rope)
         kv = torch.cat((latent, k_rope), dim=-1)  # [B, S, C + R]
+        index = None if self.indexer is None else self.indexer(x.detach(), cast(Tensor, q_latent).detach(), rope)
 
-        indices, absorbed, lse = None, None, None  # lse [B, S, H]: the loss shares the attention's
+        absorbed, lse = None, None  # lse [B, S, H]: the loss shares the attention's
         if sparse:
-            seqlens, keys, index_keys = None, kv, index_k
+            seqlens, keys, extent = None, kv, x.shape[1]
             if cache is not None and step is not None:
                 append_rows(cache[0], kv, step)
-                append_rows(cache[1], index_k, step)
+                if index is not None:
+                    append_rows(cache[1], index[1], step)
                 if not step.fresh:
-                    seqlens = step.seqlens
-                    keys, index_keys = (t[:, : step.extent] for t in cache)  # [B, T, C + R], [B, T, Di]
-            with torch.no_grad():
-                indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
+                    seqlens, extent = step.seqlens, step.extent
+                    keys = cache[0][:, :extent]  # [B, T, C + R]
+            if index is not None:
+                index_q, index_keys, index_w = index
+                if seqlens is not None and cache is not None:
+                    index_keys = cache[1][:, :extent]  # [B, T, Di]
+                with torch.no_grad():
+                    indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
             absorbed = self._absorb(q_nope, q_rope)  # [B, S, H, C + R]
             attended, lse = sparse_attention(
-                absorbed, keys, indices, value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens, return_lse=True
+                absorbed, keys, cast(Tensor, indices), value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens, return_lse=True
             )  # [B, S, H, C]
             out = self._emit(attended)
         else:
@@ -129,20 +139,44 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             out, lse = attention(*heads, causal=True, scale=self.scale, return_lse=True)
 
         out = self.o_proj(out.flatten(-2))
-        if not return_indexer_loss:
-            return out
-        if absorbed is None:
-            with torch.no_grad():
-                absorbed = self._absorb(q_nope, q_rope)
-        loss = indexer_loss(
-            index_q,
-            index_k,
-            index_w,
-            absorbed.detach(),
-            kv.detach(),
-            indices=indices,
-            scale=self.scale,
-            target_lse=lse,
-            reduction="none",
-        )  # [B, S]
-        return out, loss
+        results = [out]
+        if return_indexer_loss and index is not None:
+            if absorbed is None:
+                with torch.no_grad():
+                    absorbed = self._absorb(q_nope, q_rope)
+            index_q, index_k, index_w = index
+            loss = indexer_loss(
+                index_q,
+                index_k,
+                index_w,
+                absorbed.detach(),
+                kv.detach(),
+                indices=indices,
+                scale=self.scale,
+                target_lse=lse,
+                reduction="none",
+            )  # [B, S]
+            results.append(loss)
+        if return_indices:
+            results.append(indices)
+        return out if len(results) == 1 else tuple(results)
+
+    def _check_sparse(
+        self,
+        key_start: Tensor | None,
+        cache: tuple[Tensor, ...] | None,
+        sparse: bool,
+        indices: Tensor | None,
+        return_indexer_loss: bool,
+    ) -> None:
+        if key_start is not None:
+            raise ValueError("key_start: sparse attention takes no left padding; pad on the right")
+        if cache is not None and (return_indexer_loss or not sparse):
+            name = "return_indexer_loss" if return_indexer_loss else "sparse"
+            raise ValueError(f"{name}: takes its default where a cache is given (generation)")
+        if self.indexer is not None and indices is not None:
+            raise ValueError("indices: this layer has an indexer of its own (shared_indexer = False), so it must be None")
+        if self.indexer is None and sparse and indices is None:
+            raise ValueError("indices: got None, takes what an earlier layer chose (shared_indexer = True)")
+        if self.indexer is None and return_indexer_loss:
+            raise ValueError("return_indexer_loss: this layer has no indexer (shared_indexer = True)")

@@ -64,14 +64,14 @@ def cuda_topk(scores: Tensor, k: int, lengths: Tensor | None) -> tuple[Tensor, T
 
 
 def cpu_topk_backward(grads: Sequence[Tensor | None], scores: Tensor, k: int, lengths: Tensor | None) -> list[Tensor]:
-    return _topk_backward(grads, scores, lambda: cpu_topk(scores, k, lengths)[1])
+    return scatter_topk_gradient(grads, scores, lambda: cpu_topk(scores, k, lengths)[1])
 
 
 def cuda_topk_backward(grads: Sequence[Tensor | None], scores: Tensor, k: int, lengths: Tensor | None) -> list[Tensor]:
-    return _topk_backward(grads, scores, lambda: cuda_topk(scores, k, lengths)[1])
+    return scatter_topk_gradient(grads, scores, lambda: cuda_topk(scores, k, lengths)[1])
 
 
-def _topk_backward(grads: Sequence[Tensor | None], scores: Tensor, choose: Callable[[], Tensor]) -> list[Tensor]:
+def scatter_topk_gradient(grads: Sequence[Tensor | None], scores: Tensor, choose: Callable[[], Tensor]) -> list[Tensor]:
     """[dscores [..., T]]: each value's gradient at the position it came from. Positions are distinct: no sums."""
     T = scores.shape[-1]
     dscores = scores.new_zeros(*scores.shape[:-1], T + 1)  # the last column takes what unused slots got, and is dropped
