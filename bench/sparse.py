@@ -10,7 +10,8 @@ query for each of B sequences. The PyTorch forms gather the latents of all queri
 the heads as query rows. indexer: scores of Hi heads x 128 and selection; the PyTorch form in one piece, and 64 queries at a time.
 loss, warm-up: the indexer's loss over named keys and over all keys, from the attention's lse, forward + backward to the indexer's q, k
 and w; in PyTorch by autograd, some queries at a time (in one piece it takes gigabytes). --peaks adds how far a first call lifts a fresh
-process's memory. memory: that alone, of the indexer over longer and longer caches. --crossover: sparse_crossover.py alone.
+process's memory. memory: that alone, of the indexer over longer and longer caches. --crossover: sparse_crossover.py alone. On a GPU:
+gpu_sparse_attention.py.
 Results go to bench/results/sparse_cpu.json, where what other runs found of other work stays.
 """
 

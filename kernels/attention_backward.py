@@ -75,7 +75,7 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, sinks_ptr, level_ptr, del
 
 
 @triton.jit
-def _weights(s, level, scale, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+def row_weights(s, level, scale, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """P = exp(s − L) from (capped) products and level = L; −inf gives 0. EXACT as in `power`."""
     factor = scale
     if SOFTCAP:
@@ -185,7 +185,7 @@ def _keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_ptr, dv
             if (block < whole_first) | (block >= whole_last):
                 seen = visible((row + T - S)[None, :], j[:, None], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK)
                 s = tl.where(seen, s, float("-inf"))
-            p = _weights(s, level[None, :], scale, SOFTCAP, q.dtype == tl.float32)
+            p = row_weights(s, level[None, :], scale, SOFTCAP, q.dtype == tl.float32)
             dv = dot(p.to(dout.dtype), dout, dv)
             ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
             dk = dot(ds, q, dk)
@@ -266,7 +266,7 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
         if (block < whole_first) | (block >= whole_last):
             j = n0 + tl.arange(0, N)
             s = tl.where(visible(p[:, None], j[None, :], key_start, T, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
-        ds = (_weights(s, level[:, None], scale, SOFTCAP, q.dtype == tl.float32) * (dp - delta[:, None]) * slope).to(k.dtype)
+        ds = (row_weights(s, level[:, None], scale, SOFTCAP, q.dtype == tl.float32) * (dp - delta[:, None]) * slope).to(k.dtype)
         dq = dot(ds, k, dq)
         if REST_D > 0:
             dq_rest = dot(ds, k_rest, dq_rest)
@@ -275,6 +275,20 @@ def _queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dq_ptr,
     store_tile(dq_base, dq * scale, stride_dqs, S - m0, M, 0, BLOCK_D, D, WIDE)
     if REST_D > 0:
         store_tile(dq_base, dq_rest * scale, stride_dqs, S - m0, M, BLOCK_D, REST_D, D, WIDE)
+
+
+def row_terms(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out and dout [B,S,H,Dv], lse and dlse [B,S,H] -> L, Δ and, with sinks, each row's share of dσ, float32 [B,H,S]."""
+    B, S, H, Dv = out.shape
+    level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=out.device)
+    dsink = torch.empty_like(level) if sinks is not None else None
+    rows = 16
+    launch(
+        _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, dlse, sinks, level, delta, dsink, S, H,
+        *out.stride()[:3], *dout.stride()[:3], *lse.stride(), *(dlse.stride() if dlse is not None else (0, 0, 0)),
+        DV=Dv, BLOCK_DV=max(16, triton.next_power_of_2(Dv)), M=rows, SINKS=sinks is not None, DLSE=dlse is not None,
+        WIDE=any(is_wide(x.stride(1), rows) for x in (out, dout)), warps=4, stages=1, device=out.device)
+    return level, delta, dsink
 
 
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
@@ -305,14 +319,8 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
     bounds, flags = mask_arguments(causal, window, chunk)
     options = has_options(key_start, window, chunk, softcap, sinks)
-    level, delta = torch.empty((2, B, H, S), dtype=torch.float32, device=q.device)
-    dsink = torch.empty_like(level) if sinks is not None else None
+    level, delta, dsink = row_terms(out, dout, lse, dlse, sinks)
     wide = any(is_wide(x.stride(1), 128) for x in (q, k, v, out, dout, dq, dk, dv))
-    rows = 16
-    launch(
-        _rows_kernel, (B * H * triton.cdiv(S, rows),), out, dout, lse, dlse, sinks, level, delta, dsink, S, H,
-        *out.stride()[:3], *dout.stride()[:3], *lse.stride(), *(dlse.stride() if dlse is not None else (0, 0, 0)),
-        DV=Dv, BLOCK_DV=block_dv, M=rows, SINKS=sinks is not None, DLSE=dlse is not None, WIDE=wide, warps=4, stages=1, device=q.device)
     shapes = dict(D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv)
     shared = dict(**shapes, **flags, SOFTCAP=bool(softcap), KEY_START=key_start is not None, PACKED=cu_seqlens_q is not None, WIDE=wide,
                   device=q.device)

@@ -171,6 +171,16 @@ def merge(acc_a, total_a, peak_a, acc_b, total_b, peak_b, EXACT: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(s, total, peak, factor, EXACT: tl.constexpr):
+    """One block of scores s [M, N] in the online softmax -> weights [M, N], the factor for what was summed before, total, peak."""
+    new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
+    weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
+    decay = power(peak - base, EXACT)
+    return weights, decay, total * decay + tl.sum(weights, 1), new_peak
+
+
+@triton.jit
 def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first, whole_last, key_start, key_end,
            cache, prefix, prefix_length, scale, softcap, left, right, chunk,
            N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -245,11 +255,7 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
             s = tl.where(visible(p[:, None], j[None, :], key_start, key_end, left, right, chunk, LEFT, RIGHT, CHUNK), s, float("-inf"))
         if GATHERED:
             s = tl.where(there[None, :], s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing: −inf − −inf
-        weights = power(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base[:, None], s.shape)), EXACT)
-        decay = power(peak - base, EXACT)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, total, peak = softmax_step(s, total, peak, factor, EXACT)
         if LATENT:
             v = k
         elif GATHERED:
@@ -259,7 +265,6 @@ def attend(acc, total, peak, q, q_rest, p, block_first, block_last, whole_first,
         else:
             v = load_tile(v_base + at * stride_v, stride_v, key_end - start, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
         acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
-        peak = new_peak
     if PER_SPLIT > 0:
         acc, total, peak = merge(done, done_total, done_peak, acc, total, peak, EXACT)
     return acc, total, peak

@@ -210,6 +210,96 @@ MLA_DECODE = {
     ("sm_100", "float"): {256: Tile(16, 16, 8, 2), 512: Tile(16, 16, 8, 1)},
 }
 
+# sparse_attention, by the padded columns of a key: m heads of one query, n slots. "forward" and "queries": m rows stay, slots pass by;
+# "pairs": n slots stay and m heads pass by (m is cut to the group's heads). The forward's n is part of the result's bits.
+# "pairs" of 512 + 64 columns on Hopper hold [512, 64] sums in registers and k, q, dout in 216 KiB of shared memory; 64 heads or 16 warps
+# do not fit, and with [64, 512] sums Triton gives each warpgroup the whole of them. On Blackwell 64 slots take 608 columns of tensor
+# memory, of which there are 512. Float32 sums its [16, ·] upright: transposed, each thread's operands do not fit its registers.
+SPARSE_WIDTHS = (64, 128, 192, 256, 384, 640)
+SPARSE = {
+    "forward": {
+        ("sm_80", "half"): {
+            64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 32, 4, 3),
+            256: Tile(16, 32, 4, 3), 384: Tile(32, 32, 8, 2), 640: Tile(32, 32, 8, 2),
+        },
+        ("sm_90", "half"): {
+            64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 192: Tile(64, 64, 8, 2),
+            256: Tile(64, 32, 8, 2), 384: Tile(64, 32, 8, 2), 640: Tile(64, 32, 8, 2),
+        },
+        ("sm_100", "half"): {
+            64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2),
+            256: Tile(64, 32, 8, 2), 384: Tile(64, 32, 8, 2), 640: Tile(64, 32, 8, 2),
+        },
+        ("sm_80", "fp8"): {640: Tile(16, 32, 8, 2)},
+        ("sm_90", "fp8"): {640: Tile(64, 32, 8, 1)},
+        ("sm_100", "fp8"): {640: Tile(16, 32, 8, 2)},
+        ("sm_80", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2), 192: Tile(16, 32, 8, 2),
+            256: Tile(16, 16, 4, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_90", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2), 192: Tile(16, 32, 8, 2),
+            256: Tile(16, 16, 4, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_100", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2), 192: Tile(16, 32, 8, 2),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+    },
+    "pairs": {
+        ("sm_80", "half"): {
+            64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 192: Tile(32, 32, 8, 2),
+            256: Tile(32, 32, 8, 2), 384: Tile(16, 16, 8, 2), 640: Tile(16, 16, 8, 2),
+        },
+        ("sm_90", "half"): {
+            64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2),
+            256: Tile(32, 64, 8, 2), 384: Tile(32, 64, 8, 2), 640: Tile(32, 64, 8, 2),
+        },
+        ("sm_100", "half"): {
+            64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1),
+            256: Tile(32, 64, 8, 2), 384: Tile(32, 32, 8, 2), 640: Tile(32, 32, 8, 2),
+        },
+        ("sm_80", "float"): {
+            64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 4, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_90", "float"): {
+            64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 4, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_100", "float"): {
+            64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 4, 1), 640: Tile(16, 16, 8, 1),
+        },
+    },
+    "queries": {
+        ("sm_80", "half"): {
+            64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 3), 192: Tile(16, 64, 4, 3),
+            256: Tile(16, 32, 4, 3), 384: Tile(32, 32, 8, 3), 640: Tile(32, 32, 8, 3),
+        },
+        ("sm_90", "half"): {
+            64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 3),
+            256: Tile(64, 64, 8, 3), 384: Tile(64, 32, 8, 3), 640: Tile(64, 32, 8, 3),
+        },
+        ("sm_100", "half"): {
+            64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 192: Tile(64, 64, 4, 3),
+            256: Tile(64, 64, 8, 3), 384: Tile(64, 32, 8, 3), 640: Tile(64, 32, 8, 3),
+        },
+        ("sm_80", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_90", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+        ("sm_100", "float"): {
+            64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 16, 4, 2),
+            256: Tile(16, 16, 8, 1), 384: Tile(16, 16, 8, 1), 640: Tile(16, 16, 8, 1),
+        },
+    },
+}
+
 # The indexer: n keys, m pairs (query, head) of at most 64. In "scores", "key" and "target" the keys are the product's rows, in "query"
 # and "lse" the pairs are. "target" and "lse" are of the attention that the indexer's loss follows, whose head dim is walked through
 # TARGET_DEPTH columns at a time.
@@ -246,7 +336,7 @@ INDEXER_WORKSPACE = 128 * 1024 * 1024
 
 # Attention over chosen blocks and the choice (native_sparse*.py). m rows are (query, head that shares the choice), n keys at most those of
 # a block (64 in NSA); "blocks_kv": n keys stay. "scores": m rows against n compressed keys, "means": m queries of a head against n blocks.
-SPARSE = {
+BLOCK_SPARSE = {
     "blocks": {
         ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         ("sm_90", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -287,6 +377,7 @@ SCORE_BYTES = 128 * 1024 * 1024
 SEGMENT = 32768
 
 _INTERPRETER_TILE = Tile(64, 32, 1, 1)
+_INTERPRETER_SPARSE_TILE = Tile(16, 32, 1, 1)
 _INTERPRETER_PRODUCT = Product(32, 32, 32, 1, 1, 2)
 _forced: list[str] = []
 
@@ -344,9 +435,22 @@ def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool
     return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
 
 
-def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int) -> Tile:
+def block_sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int) -> Tile:
     """The tile of a kernel over chosen blocks of keys, or of their choice, for this padded head dim."""
-    return Tile(32, 16, 1, 1) if INTERPRET else SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
+    return Tile(32, 16, 1, 1) if INTERPRET else BLOCK_SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
+
+
+def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, fp8: bool = False) -> Tile:
+    """The tile of sparse_attention's "forward", "pairs" or "queries" for keys and values of so many padded columns."""
+    if INTERPRET:
+        return _INTERPRETER_SPARSE_TILE
+    wanted = "fp8" if fp8 and dtype != torch.float32 else kind(dtype)
+    return SPARSE[kernel][architecture(device), wanted][next(w for w in SPARSE_WIDTHS if w >= max(padded_d, padded_dv))]
+
+
+def sparse_transposed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sparse_attention's backward sums keys' gradients transposed (under the interpreter: as on sm_90)."""
+    return kind(dtype) == "half" and (INTERPRET or architecture(device) != "sm_80")
 
 
 def descriptors(device: torch.device) -> bool:

@@ -114,7 +114,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tenso
         return
     U = indices.shape[2]
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    tile = configs.sparse_tile("blocks", q.device, q.dtype, max(block_d + rest_d, block_dv))
+    tile = configs.block_sparse_tile("blocks", q.device, q.dtype, max(block_d + rest_d, block_dv))
     way = walk(indices, T, H, tile.m, block, cu_seqlens, seqlens)
     launch(
         _blocks_kernel, (way.programs,), q, k, v, out, lse, way.blocks, way.named, way.counts, cu_seqlens, seqlens,

@@ -283,14 +283,14 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
         D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, PACKED=cu_seqlens is not None, WIDE=wide, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
 
-    tile = configs.sparse_tile("blocks_q", q.device, q.dtype, width)
+    tile = configs.block_sparse_tile("blocks_q", q.device, q.dtype, width)
     way = walk(indices, T, H, tile.m, block, cu_seqlens, None)
     launch(
         _block_queries_kernel, (way.programs,), q, k, v, dout, level, delta, dq, way.blocks, way.named, way.counts, cu_seqlens,
         S, T, H, H // Hkv, U, shared, way.n_tiles, n_sequences, way.capacity, *strides, float(scale), M=tile.m,
         **way.constants(tile.n, block), **shapes, warps=tile.warps, stages=tile.stages)
 
-    tile = configs.sparse_tile("blocks_kv", q.device, q.dtype, width)
+    tile = configs.block_sparse_tile("blocks_kv", q.device, q.dtype, width)
     keys = keys_of_tile(tile.n, block)
     pieces, pairs = triton.cdiv(block, keys), max(1, tile.m // shared)
     segment = max(1, configs.segment() * pieces // shared)

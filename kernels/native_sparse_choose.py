@@ -260,7 +260,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
         return
     G, means = H // Hkv, compress_block == 0
     block_d, rest_d = blocks(D)
-    tile = configs.sparse_tile("means" if means else "scores", q.device, q.dtype, block_d + rest_d)
+    tile = configs.block_sparse_tile("means" if means else "scores", q.device, q.dtype, block_d + rest_d)
     heads = 1 if means else min(triton.next_power_of_2(G), tile.m)
     queries, ld = tile.m // heads, triton.cdiv(T, block)
     n_tiles = tiles(S, queries, cu_seqlens)

@@ -33,6 +33,8 @@ from thinkernel.kernels import (
     native_sparse_backward,
     native_sparse_choose,
     native_sparse_walk,
+    sparse_attention,
+    sparse_attention_backward,
     topk,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
@@ -41,7 +43,8 @@ from triton.runtime.driver import driver
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 MODULES = (  # whose launches a compile check catches
     attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss, linear, mla,
-    native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk, topk,
+    native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk, sparse_attention,
+    sparse_attention_backward, topk,
 )  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -156,6 +159,30 @@ def mla_decode_call(dtype: torch.dtype, L: int = 512, R: int = 64, *, H: int = 1
         shared = (torch.empty(*((64, 64) if paged else (prefix,)), width, dtype=kind), prefix, pages)
     seqlens = torch.tensor([5, 9], dtype=torch.int32)
     return lambda: mla.mla_decode(q, cache, out, lse, seqlens=seqlens, block_table=table, scale=192**-0.5, prefix=shared)
+
+
+def sparse_call(dtype: torch.dtype, D: int = 576, Dv: int = 512, *, H: int = 128, Hkv: int = 0, K: int = 2048, packed: bool = False,
+                cache: bool = False, paged: bool = False, fp8: bool = False, backward: bool = False, **options) -> Callable[[], None]:
+    """Hkv = 0: latents. packed: one row of sequences; cache: with seqlens."""
+    B, S, T = 2, 8, 4096
+    lead = (B * S,) if packed else (B, S)
+    q, out, lse = torch.empty(*lead, H, D, dtype=dtype), torch.empty(*lead, H, Dv, dtype=dtype), torch.empty(*lead, H)
+    rows, kind = (T,) if packed else (64, 64) if paged else (B, T), torch.uint8 if fp8 else dtype
+    kv = torch.empty(*rows, *((Hkv, D) if Hkv else (656 if fp8 else D,)), dtype=kind)
+    v = torch.empty(*rows, Hkv, Dv, dtype=dtype) if Hkv else None
+    indices = torch.zeros(*lead, *((Hkv,) if Hkv else ()), K, dtype=torch.int32)
+    if packed:
+        options |= dict(cu_seqlens_q=torch.tensor([0, 5, 16], dtype=torch.int32), cu_seqlens_k=torch.tensor([0, 9, T], dtype=torch.int32))
+    if cache or paged:
+        options["seqlens"] = torch.tensor([5, 9], dtype=torch.int32)
+    scale = 192**-0.5
+    if backward:
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(kv), None if v is None else torch.empty_like(v)
+        dsinks = torch.zeros(H) if "sinks" in options else None
+        return lambda: sparse_attention_backward.sparse_attention_backward(
+            q, kv, v, indices, out, lse, out, dq, dk, dv, scale=scale, dsinks=dsinks, **options)
+    options["block_table"] = torch.zeros(B, 64, dtype=torch.int32) if paged else None
+    return lambda: sparse_attention.sparse_attention(q, kv, v, indices, out, lse, scale=scale, **options)
 
 
 def latent_cache_calls(dtype: torch.dtype, fp8: bool, paged: bool) -> Callable[[], None]:

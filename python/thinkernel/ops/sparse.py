@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks, indexer_cpu, indexer_gpu
+from thinkernel.ops import checks, indexer_cpu, indexer_gpu, sparse_attention_gpu
 from thinkernel.ops import sparse_backends as backends
 from thinkernel.ops.library import OPS, Op, gradients, reference_op
 from thinkernel.reference import sparse as reference
@@ -179,6 +179,8 @@ indexer_loss_op.kernel("cpu", indexer_cpu.loss_covers)(indexer_cpu.loss)
 indexer_loss_backward_op.kernel("cpu", lambda dloss, kept, *args: indexer_cpu.loss_covers(*args))(indexer_cpu.loss_backward)
 sparse_attention_op.kernel("cpu", backends.attention_covers)(backends.cpu_attention)
 sparse_attention_backward_op.kernel("cpu", backends.attention_backward_covers)(backends.cpu_attention_backward)
+sparse_attention_op.kernel("triton", sparse_attention_gpu.covers)(sparse_attention_gpu.attention)
+sparse_attention_backward_op.kernel("triton", sparse_attention_gpu.backward_covers)(sparse_attention_gpu.backward)
 topk_op.kernel("triton", indexer_gpu.topk_covers)(indexer_gpu.topk)
 indexer_loss_op.kernel("triton", indexer_gpu.loss_covers)(indexer_gpu.loss)
 indexer_loss_backward_op.kernel("triton", lambda dloss, kept, *args: indexer_gpu.loss_covers(*args))(indexer_gpu.loss_backward)
