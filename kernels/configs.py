@@ -293,6 +293,16 @@ def reward_block() -> int:
     return 4 if INTERPRET else 64
 
 
+def route_rows(columns: int) -> int:
+    """Tokens of one program of route, whose logits take `columns` columns."""
+    return max(1, (4096 if INTERPRET else 2048) // columns)
+
+
+def sort_block() -> int:
+    """Slots of one program of route's sort."""
+    return 64 if INTERPRET else 256
+
+
 def key_split() -> int:
     return 64 if INTERPRET else KEY_SPLIT
 

@@ -27,10 +27,14 @@ from thinkernel.kernels import (
     grpo_policy,
     linear,
     mla,
+    moe_route,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+MODULES = (
+    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, moe_route,
+)  # fmt: skip
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -97,7 +101,7 @@ def compile_launches(arch: str, call: Callable[[], None], only: str | None = Non
 
     with ExitStack() as stack:
         stack.enter_context(_as(arch))
-        for module in (attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla):
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "launch", compile_only))
         call()
     return found
@@ -209,3 +213,18 @@ def linear_call(dtype: torch.dtype, rows: int, transposed: bool = False, bias: b
     x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, 1024, dtype=dtype)
     b, out = torch.empty(1024, dtype=dtype) if bias else None, torch.empty(rows, 1024, dtype=dtype)
     return lambda: linear.linear(x, w.t() if transposed else w, b, out)
+
+
+def route_calls(dtype: torch.dtype, E: int = 256, K: int = 8, **options) -> Callable[[], None]:
+    """route, then its backward; `n_group` and the others as in tk.route."""
+    N, rule = 512, {"score": "softmax", "renormalize": True, "scaling": 1.0} | options
+    logits, experts, weights = torch.empty(N, E, dtype=dtype), torch.zeros(N, K, dtype=torch.int32), torch.empty(N, K)
+    counts, order, offsets = (torch.empty(n, dtype=torch.int32) for n in (E, N * K, E + 1))
+    bias = torch.empty(E) if rule.pop("bias", False) else None
+    own = {name: rule[name] for name in ("score", "renormalize", "scaling")}
+
+    def call() -> None:
+        moe_route.route_forward(logits, bias, experts, weights, counts, order, offsets, **rule)
+        moe_route.route_backward(logits, experts, weights, logits, **own)
+
+    return call

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks, moe_cpu
+from thinkernel.ops import checks, moe_cpu, moe_gpu
 from thinkernel.ops.dispatch import requested
 from thinkernel.ops.library import Op, gradients, plain
 from thinkernel.reference import moe as reference
@@ -67,6 +67,8 @@ def _reference_route_backward(
 
 route_op.kernel("cpu", moe_cpu.route_covers)(moe_cpu.route)
 route_backward.kernel("cpu", lambda dweights, logits, *rest: moe_cpu.route_covers(logits, None, None))(moe_cpu.route_backward)
+route_op.kernel("triton", moe_gpu.route_covers)(moe_gpu.route)
+route_backward.kernel("triton", lambda dweights, logits, *rest: moe_gpu.route_covers(logits, None, None))(moe_gpu.route_backward)
 
 
 @route_op.check
