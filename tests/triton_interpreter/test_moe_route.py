@@ -1,6 +1,6 @@
 """route in Triton under the interpreter: every rule on scores with ties and odd sizes, replay, the sort, the bits.
 
-Shapes: N tokens, E experts, K experts a token. Under the interpreter a program of the sort has 64 slots, one of route 4096 logits.
+Shapes: N tokens, E experts, K experts a token. Under the interpreter a program of the sort has 128 slots, one of route 4096 logits.
 """
 from __future__ import annotations
 

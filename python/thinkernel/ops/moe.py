@@ -147,6 +147,8 @@ def _reference_backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
 
 moe_forward.kernel("cpu", moe_cpu.covers)(moe_cpu.forward)
 moe_backward.kernel("cpu", lambda dy, z, *tensors: moe_cpu.covers(*tensors[:7], None, None))(moe_cpu.backward)
+moe_forward.kernel("triton", moe_gpu.covers)(moe_gpu.forward)
+moe_backward.kernel("triton", lambda dy, z, *tensors: moe_gpu.covers(*tensors[:7], None, None))(moe_gpu.backward)
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
