@@ -205,7 +205,8 @@ MLA_DECODE = {
 
 # moe's experts: "up" and "dz" (dA and what follows of it) count n in inner columns, of which "up" multiplies two (gate and up). "few" is
 # for experts with a few rows each: small n and deep k, so that many programs read the weights at once; m as in the others where the
-# instruction depends on it. dz's n is part of the bits of dweights; the others are not. "dw": m × n of an expert's gradient, k rows.
+# instruction depends on it. dz's n is part of the bits of dweights; the others are not. Activations
+# whose epilogue spills at the plain tile have their own. "dw": m × n of an expert's gradient, k rows.
 EXPERTS = {
     ("sm_80", "half"): {
         "up": Product(128, 64, 32, 8, 4, 8), "up few": Product(16, 32, 64, 4, 4, 8), "down": Product(128, 128, 32, 8, 4, 8),
@@ -214,17 +215,18 @@ EXPERTS = {
     },
     ("sm_90", "half"): {
         "up": Product(128, 128, 64, 8, 3, 8), "up few": Product(64, 32, 128, 4, 4, 8), "down": Product(128, 256, 64, 8, 3, 8),
-        "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 64, 64, 8, 4, 8), "dx": Product(128, 256, 64, 8, 3, 8),
+        "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 128, 64, 8, 3, 8), "dx": Product(128, 256, 64, 8, 3, 8),
         "dx few": Product(64, 64, 128, 4, 4, 8), "dw": Product(128, 128, 64, 8, 3, 1),
+        "up geglu": Product(128, 64, 64, 8, 4, 8), "up geglu_tanh": Product(128, 64, 64, 8, 4, 8),
     },
     ("sm_100", "half"): {
         "up": Product(128, 128, 64, 8, 3, 8), "up few": Product(64, 32, 128, 4, 4, 8), "down": Product(128, 256, 64, 8, 3, 8),
-        "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 64, 64, 8, 4, 8), "dx": Product(128, 256, 64, 8, 3, 8),
-        "dx few": Product(64, 64, 128, 4, 4, 8), "dw": Product(128, 128, 64, 8, 3, 1),
+        "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 128, 64, 8, 3, 8), "dx": Product(128, 256, 64, 8, 3, 8),
+        "dx few": Product(64, 64, 128, 4, 4, 8), "dw": Product(128, 128, 64, 8, 3, 1), "up gpt_oss": Product(128, 64, 64, 8, 4, 8),
     },
     **{(arch, "float"): {
         "up": Product(64, 32, 16, 8, 3, 8), "up few": Product(16, 16, 32, 4, 3, 8), "down": Product(64, 64, 16, 8, 3, 8),
-        "down few": Product(16, 32, 32, 4, 3, 8), "dz": Product(64, 32, 16, 8, 3, 8), "dx": Product(64, 64, 16, 8, 3, 8),
+        "down few": Product(16, 32, 32, 4, 3, 8), "dz": Product(64, 32, 16, 8, 2, 8), "dx": Product(64, 64, 16, 8, 3, 8),
         "dx few": Product(16, 32, 32, 4, 3, 8), "dw": Product(64, 64, 16, 8, 3, 1),
     } for arch in ("sm_80", "sm_90", "sm_100")},
 }  # fmt: skip
@@ -323,9 +325,12 @@ def reward_block() -> int:
     return 4 if INTERPRET else 64
 
 
-def experts(device: torch.device, dtype: torch.dtype, pass_: str) -> Product:
-    """The tile of one of moe's products: a key of EXPERTS."""
-    return _INTERPRETER_PRODUCT if INTERPRET else EXPERTS[architecture(device), kind(dtype)][pass_]
+def experts(device: torch.device, dtype: torch.dtype, pass_: str, activation: str = "") -> Product:
+    """The tile of one of moe's products: a key of EXPERTS, or that key and the activation where it has a tile of its own."""
+    if INTERPRET:
+        return _INTERPRETER_PRODUCT
+    table = EXPERTS[architecture(device), kind(dtype)]
+    return table.get(f"{pass_} {activation}", table[pass_])
 
 
 def combine_tile() -> tuple[int, int]:
@@ -335,7 +340,7 @@ def combine_tile() -> tuple[int, int]:
 
 def bias_tile() -> tuple[int, int]:
     """Rows and columns of one step of a bias's gradient: part of its bits."""
-    return 32, 64 if INTERPRET else 128
+    return 32, 64
 
 
 def dot_tile() -> tuple[int, int]:

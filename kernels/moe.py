@@ -71,6 +71,41 @@ def rows_of(tiles_ptr, offsets_ptr, order_ptr, tile, n_tiles, e, BLOCK_M: tl.con
     return row, tl.load(order_ptr + row), live
 
 
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    left, right = halves(tile, ROWS, COLUMNS)
+    first, second = halves(left, ROWS, COLUMNS // 2)
+    third, fourth = halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _finish(gate, up, row, live, n0, a_ptr, z_ptr, I, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+            JOINED: tl.constexpr, KEEP: tl.constexpr):
+    """Stores a and z of COLUMNS inner columns from n0; JOINED: gate holds [gate, up] side by side, [ROWS, 2·COLUMNS]."""
+    GATED: tl.constexpr = ACTIVATION != RELU2
+    C = 2 * I if GATED else I
+    z_at = z_ptr + row.to(tl.int64)[:, None] * C
+    if KEEP and ACTIVATION == GPT_OSS:
+        column = 2 * n0 + tl.arange(0, 2 * COLUMNS)
+        tl.store(z_at + column[None, :], convert(gate, z_ptr.dtype.element_ty), mask=live[:, None] & (column < C)[None, :])
+    if GATED and JOINED:
+        gate, up = tl.split(tl.reshape(gate, (ROWS, COLUMNS, 2)))
+    inner = n0 + tl.arange(0, COLUMNS)
+    inside = live[:, None] & (inner < I)[None, :]
+    if KEEP and ACTIVATION != GPT_OSS:
+        tl.store(z_at + inner[None, :], convert(gate, z_ptr.dtype.element_ty), mask=inside)
+        if GATED:
+            tl.store(z_at + I + inner[None, :], convert(up, z_ptr.dtype.element_ty), mask=inside)
+    a = activate(gate, up, limit, ACTIVATION, a_ptr.dtype.element_ty == tl.float32)
+    tl.store(a_ptr + row.to(tl.int64)[:, None] * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["n_tiles", "K"])
 def _up_kernel(x_ptr, w_ptr, bias_ptr, weights_ptr, order_ptr, offsets_ptr, tiles_ptr, a_ptr, z_ptr, n_tiles, H, I, K, stride_x, stride_we,
                stride_wn, stride_wk, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -109,27 +144,20 @@ def _up_kernel(x_ptr, w_ptr, bias_ptr, weights_ptr, order_ptr, offsets_ptr, tile
         C = 2 * I if GATED else I
         if BIAS:
             acc += tl.load(bias_ptr + e.to(tl.int64) * C + column, mask=column_inside, other=0.0)[None, :]
-        row64 = row.to(tl.int64)[:, None]
-        inner = n0 + tl.arange(0, BLOCK_N)
-        inside = live[:, None] & (inner < I)[None, :]
-        if GATED:
-            if PAIRS:
-                gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-            else:
-                gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        # A quarter of the columns at a time: whole, or in two halves, the tile spills registers.
+        PART: tl.constexpr = BLOCK_N // 4
+        JOINED: tl.constexpr = PAIRS or not GATED
+        if JOINED:
+            g0, g1, g2, g3 = quarters(acc, BLOCK_M, WIDTH)
+            u0, u1, u2, u3 = g0, g1, g2, g3
         else:
-            gate = acc
-            up = acc
-        if KEEP:
-            z_at = z_ptr + row64 * C
-            if BESIDE:
-                tl.store(z_at + column[None, :], convert(acc, z_ptr.dtype.element_ty), mask=live[:, None] & column_inside[None, :])
-            else:
-                tl.store(z_at + inner[None, :], convert(gate, z_ptr.dtype.element_ty), mask=inside)
-                if GATED:
-                    tl.store(z_at + I + inner[None, :], convert(up, z_ptr.dtype.element_ty), mask=inside)
-        a = activate(gate, up, limit, ACTIVATION)
-        tl.store(a_ptr + row64 * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
+            gate, up = halves(acc, BLOCK_M, WIDTH)
+            g0, g1, g2, g3 = quarters(gate, BLOCK_M, BLOCK_N)
+            u0, u1, u2, u3 = quarters(up, BLOCK_M, BLOCK_N)
+        _finish(g0, u0, row, live, n0, a_ptr, z_ptr, I, limit, BLOCK_M, PART, ACTIVATION, JOINED, KEEP)
+        _finish(g1, u1, row, live, n0 + PART, a_ptr, z_ptr, I, limit, BLOCK_M, PART, ACTIVATION, JOINED, KEEP)
+        _finish(g2, u2, row, live, n0 + 2 * PART, a_ptr, z_ptr, I, limit, BLOCK_M, PART, ACTIVATION, JOINED, KEEP)
+        _finish(g3, u3, row, live, n0 + 3 * PART, a_ptr, z_ptr, I, limit, BLOCK_M, PART, ACTIVATION, JOINED, KEEP)
 
 
 @triton.jit(do_not_specialize=["n_tiles"])
@@ -201,7 +229,7 @@ class Slots:
 def up(x: Tensor, w: Tensor, inner: int, bias: Tensor | None, weights: Tensor | None, slots: Slots,
        a: Tensor, z: Tensor | None, activation: str, limit: float) -> None:
     """w [E, C, H] in any layout -> a [N·K, I] and z [N·K, C], of which the first M rows are written. weights: on the input."""
-    tile = configs.experts(x.device, x.dtype, "up few" if slots.few() else "up")
+    tile = configs.experts(x.device, x.dtype, "up few" if slots.few() else "up", activation)
     tiles = slots.tiles(tile.m)
     launch(
         _up_kernel, (tiles.shape[1] * triton.cdiv(inner, tile.n),), x, w, bias, weights, slots.order, slots.offsets, tiles, a, z,

@@ -32,14 +32,14 @@ def _gelu(g, TANH: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, limit, ACTIVATION: tl.constexpr):
-    """a; without a limit it is inf. Comparisons keep NaN where minimum and maximum drop it."""
+def activate(gate, up, limit, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """a; without a limit it is inf. EXACT: for float32 results. Comparisons keep NaN where minimum and maximum drop it."""
     g = tl.where(gate > limit, limit, gate)
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     if ACTIVATION == SWIGLU:
-        a = g * logistic(g) * u
+        a = g * logistic(g, EXACT) * u
     elif ACTIVATION == GPT_OSS:
-        a = (u + 1.0) * g * logistic(1.702 * g)
+        a = (u + 1.0) * g * logistic(1.702 * g, EXACT)
     elif ACTIVATION == RELU2:
         a = tl.where(gate < 0.0, 0.0, gate)
         a = a * a
@@ -50,17 +50,17 @@ def activate(gate, up, limit, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate_backward(gate, up, limit, ACTIVATION: tl.constexpr):
+def activate_backward(gate, up, limit, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """a, and what da is multiplied with to make dgate and dup."""
     g = tl.where(gate > limit, limit, gate)
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     if ACTIVATION == SWIGLU:
-        s = logistic(g)
+        s = logistic(g, EXACT)
         by_up = g * s
         a = by_up * u
         by_gate = u * s * (1.0 + g * (1.0 - s))
     elif ACTIVATION == GPT_OSS:
-        s = logistic(1.702 * g)
+        s = logistic(1.702 * g, EXACT)
         by_up = g * s
         a = (u + 1.0) * by_up
         by_gate = (u + 1.0) * s * (1.0 + 1.702 * g * (1.0 - s))

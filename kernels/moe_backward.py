@@ -19,9 +19,36 @@ from torch import Tensor
 
 from . import configs
 from .linear import grouped
-from .moe import Slots, columns_first, product_and_sum, rows_of, rows_product, up
+from .moe import Slots, columns_first, product_and_sum, quarters, rows_of, rows_product, up
 from .moe_activation import ACTIVATIONS, GPT_OSS, RELU2, activate_backward
 from .primitives import convert, dot, launch
+
+
+@triton.jit
+def _dz_part(da, row, live, s, n0, z_ptr, dz_ptr, a_ptr, I, limit, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr):
+    """da' [ROWS, COLUMNS] of inner columns from n0: stores dz and s·a -> ⟨da', a⟩ [ROWS]."""
+    BESIDE: tl.constexpr = ACTIVATION == GPT_OSS
+    GATED: tl.constexpr = ACTIVATION != RELU2
+    inner = n0 + tl.arange(0, COLUMNS)
+    inside = live[:, None] & (inner < I)[None, :]
+    columns = (2 * inner if BESIDE else inner)[None, :]
+    to_up = 1 if BESIDE else I
+    at = row.to(tl.int64)[:, None] * (2 * I if GATED else I) + columns
+    gate = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    rise = gate
+    if GATED:
+        rise = tl.load(z_ptr + at + to_up, mask=inside, other=0.0).to(tl.float32)
+    a, by_gate, by_up = activate_backward(gate, rise, limit, ACTIVATION, a_ptr.dtype.element_ty == tl.float32)
+    ds = s
+    if SCALED:
+        ds = tl.sum(tl.where(inside, da * a, 0.0), 1)
+        da *= s[:, None]
+        a *= s[:, None]
+    tl.store(a_ptr + row.to(tl.int64)[:, None] * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
+    tl.store(dz_ptr + at, convert(da * by_gate, dz_ptr.dtype.element_ty), mask=inside)
+    if GATED:
+        tl.store(dz_ptr + at + to_up, convert(da * by_up, dz_ptr.dtype.element_ty), mask=inside)
+    return ds
 
 
 @triton.jit(do_not_specialize=["n_tiles", "K", "n_slots"])
@@ -29,8 +56,6 @@ def _dz_kernel(dy_ptr, w_ptr, z_ptr, weights_ptr, order_ptr, offsets_ptr, tiles_
                stride_dy, stride_we, stride_wn, stride_wk, limit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                GROUP: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_W: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr):
     """dz [M, C], s·a [M, I], and ⟨da', a⟩ of each column block: ds [blocks, N·K]. SCALED: the weight is on the output, else s = 1."""
-    BESIDE: tl.constexpr = ACTIVATION == GPT_OSS
-    GATED: tl.constexpr = ACTIVATION != RELU2
     tile, n_block = grouped(tl.program_id(0), n_tiles, tl.cdiv(I, BLOCK_N), GROUP)
     e = tl.load(tiles_ptr + tile)
     if e >= 0:
@@ -40,26 +65,19 @@ def _dz_kernel(dy_ptr, w_ptr, z_ptr, weights_ptr, order_ptr, offsets_ptr, tiles_
         da = rows_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy_ptr, (slot // K).to(tl.int64) * stride_dy,
                           w_ptr + e.to(tl.int64) * stride_we, at.to(tl.int64) * stride_wn, inner < I, H, stride_wk,
                           BLOCK_K, EVEN_K, CLAMP_W)
-        row64 = row.to(tl.int64)[:, None]
-        inside = live[:, None] & (inner < I)[None, :]
-        columns = (2 * inner if BESIDE else inner)[None, :]
-        to_up = 1 if BESIDE else I
-        C = 2 * I if GATED else I
-        gate = tl.load(z_ptr + row64 * C + columns, mask=inside, other=0.0).to(tl.float32)
-        rise = gate
-        if GATED:
-            rise = tl.load(z_ptr + row64 * C + columns + to_up, mask=inside, other=0.0).to(tl.float32)
-        a, by_gate, by_up = activate_backward(gate, rise, limit, ACTIVATION)
+        s = row.to(tl.float32)
         if SCALED:
-            ds = tl.sum(tl.where(inside, da * a, 0.0), 1)
+            s = tl.load(weights_ptr + slot)
+        # A quarter of the columns at a time: whole, or in two halves, the tile spills registers.
+        PART: tl.constexpr = BLOCK_N // 4
+        n0 = n_block * BLOCK_N
+        first, second, third, fourth = quarters(da, BLOCK_M, BLOCK_N)
+        ds = _dz_part(first, row, live, s, n0, z_ptr, dz_ptr, a_ptr, I, limit, PART, ACTIVATION, SCALED)
+        ds += _dz_part(second, row, live, s, n0 + PART, z_ptr, dz_ptr, a_ptr, I, limit, PART, ACTIVATION, SCALED)
+        ds += _dz_part(third, row, live, s, n0 + 2 * PART, z_ptr, dz_ptr, a_ptr, I, limit, PART, ACTIVATION, SCALED)
+        ds += _dz_part(fourth, row, live, s, n0 + 3 * PART, z_ptr, dz_ptr, a_ptr, I, limit, PART, ACTIVATION, SCALED)
+        if SCALED:
             tl.store(ds_ptr + n_block.to(tl.int64) * n_slots + slot, ds, mask=live)
-            s = tl.load(weights_ptr + slot)[:, None]
-            da *= s
-            a *= s
-        tl.store(a_ptr + row64 * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
-        tl.store(dz_ptr + row64 * C + columns, convert(da * by_gate, dz_ptr.dtype.element_ty), mask=inside)
-        if GATED:
-            tl.store(dz_ptr + row64 * C + columns + to_up, convert(da * by_up, dz_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -168,7 +186,7 @@ def _dot_slots(p: Tensor, q: Tensor | None, by_expert: bool, partial: Tensor | N
     rows, width = configs.dot_tile()
     columns, q = (0, p) if q is None else (q.shape[1], q)
     launch(
-        _ds_kernel, (triton.cdiv(out.numel(), rows),), p, q, slots.experts, partial, out, out.numel(), slots.n_expert, slots.top_k,
+        _ds_kernel, (triton.cdiv(out.numel(), rows),), p, q, slots.experts, out if partial is None else partial, out, out.numel(), slots.n_expert, slots.top_k,
         columns, p.stride(0), q.stride(0), 0 if partial is None else len(partial), ROWS=rows, COLUMNS=width, BY_EXPERT=by_expert,
         CONTINUE=again, warps=4, stages=1, device=p.device)
 

@@ -94,8 +94,13 @@ def exact_exp(x):
 
 
 @triton.jit
-def logistic(x):
-    return tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + exact_exp(-x))
+def logistic(x, EXACT: tl.constexpr = True):
+    """1/(1 + e^−x), to an ulp or two; not EXACT: good enough for 16-bit results, and without the branches of an exact quotient."""
+    if EXACT:
+        y = tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + exact_exp(-x))
+    else:
+        y = 1.0 / (1.0 + tl.exp(-x))
+    return y
 
 
 @triton.jit

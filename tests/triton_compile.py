@@ -27,13 +27,16 @@ from thinkernel.kernels import (
     grpo_policy,
     linear,
     mla,
+    moe,
+    moe_backward,
     moe_route,
 )  # fmt: skip
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 MODULES = (
-    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, moe_route,
+    attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, linear, mla, moe, moe_backward,
+    moe_route,
 )  # fmt: skip
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -226,5 +229,24 @@ def route_calls(dtype: torch.dtype, E: int = 256, K: int = 8, **options) -> Call
     def call() -> None:
         moe_route.route_forward(logits, bias, experts, weights, counts, order, offsets, **rule)
         moe_route.route_backward(logits, experts, weights, logits, **own)
+
+    return call
+
+
+def experts_calls(dtype: torch.dtype, tokens: int = 4096, *, activation: str = "swiglu", weight_on: str = "output",
+                  layout: str = "out_in", biases: bool = False) -> Callable[[], None]:
+    """moe's forward, keeping z, then its whole backward."""
+    H, inner, E, K = 1024, 512, 16, 4
+    columns = inner if activation == "relu2" else 2 * inner
+    shapes = ((E, columns, H), (E, H, inner)) if layout == "out_in" else ((E, H, columns), (E, inner, H))
+    x, y, z = (torch.empty(n, width, dtype=dtype) for n, width in ((tokens, H), (tokens, H), (tokens * K, columns)))
+    up, down = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    weights, experts = torch.empty(tokens, K), torch.zeros(tokens, K, dtype=torch.int32)
+    b1, b2 = (torch.empty(E, columns), torch.empty(E, H)) if biases else (None, None)
+    options = dict(activation=activation, weight_on=weight_on, layout=layout, limit=7.0)
+
+    def call() -> None:
+        moe.moe_forward(x, up, down, weights, experts, b1, b2, y, z, **options)
+        moe_backward.moe_backward(y, z, x, up, down, weights, experts, b1, b2, x, up, down, weights, b1, b2, **options)
 
     return call
