@@ -90,18 +90,18 @@ def _finish(gate, up, row, live, n0, a_ptr, z_ptr, I, limit, ROWS: tl.constexpr,
     """Stores a and z of COLUMNS inner columns from n0; JOINED: gate holds [gate, up] side by side, [ROWS, 2·COLUMNS]."""
     GATED: tl.constexpr = ACTIVATION != RELU2
     C = 2 * I if GATED else I
-    z_at = z_ptr + row.to(tl.int64)[:, None] * C
+    z_row = row.to(tl.int64)[:, None] * C
     if KEEP and ACTIVATION == GPT_OSS:
         column = 2 * n0 + tl.arange(0, 2 * COLUMNS)
-        tl.store(z_at + column[None, :], convert(gate, z_ptr.dtype.element_ty), mask=live[:, None] & (column < C)[None, :])
+        tl.store(z_ptr + z_row + column[None, :], convert(gate, z_ptr.dtype.element_ty), mask=live[:, None] & (column < C)[None, :])
     if GATED and JOINED:
         gate, up = tl.split(tl.reshape(gate, (ROWS, COLUMNS, 2)))
     inner = n0 + tl.arange(0, COLUMNS)
     inside = live[:, None] & (inner < I)[None, :]
     if KEEP and ACTIVATION != GPT_OSS:
-        tl.store(z_at + inner[None, :], convert(gate, z_ptr.dtype.element_ty), mask=inside)
+        tl.store(z_ptr + z_row + inner[None, :], convert(gate, z_ptr.dtype.element_ty), mask=inside)
         if GATED:
-            tl.store(z_at + I + inner[None, :], convert(up, z_ptr.dtype.element_ty), mask=inside)
+            tl.store(z_ptr + z_row + I + inner[None, :], convert(up, z_ptr.dtype.element_ty), mask=inside)
     a = activate(gate, up, limit, ACTIVATION, a_ptr.dtype.element_ty == tl.float32)
     tl.store(a_ptr + row.to(tl.int64)[:, None] * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
 

@@ -19,6 +19,8 @@ HEAD_DIMS = [(64, 64), (128, 128), (192, 128), (256, 256)]  # one for each width
 ROW_KERNELS = (  # no matrix product in these
     "_rows_kernel", "_merge_kernel", "_logits_forward_kernel", "_logits_merge_kernel", "_logits_backward_kernel", "_sequence_kernel",
     "_token_kernel", "_sequence_ratio_kernel", "_metrics_kernel", "_groups_kernel", "_batch_kernel", "_append_kernel", "_gather_kernel",
+    "_route_kernel", "_route_backward_kernel", "_histogram_kernel", "_prefix_kernel", "_offsets_kernel", "_place_kernel", "_tiles_kernel",
+    "_combine_kernel", "_db_kernel", "_ds_kernel",
 )  # fmt: skip
 
 
@@ -121,6 +123,30 @@ def batch_calls() -> dict[str, Callable[[], None]]:
     return calls
 
 
+def route_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    return {
+        "softmax": aot.route_calls(dtype),
+        "softmax, plain": aot.route_calls(dtype, E=384, renormalize=False),
+        "gpt-oss, replay": aot.route_calls(dtype, E=128, K=4, score="softmax_topk", replay=True),
+        "deepseek-v2": aot.route_calls(dtype, E=160, K=6, n_group=8, topk_group=3, group_score="max", renormalize=False),
+        "deepseek-v3": aot.route_calls(dtype, score="sigmoid", bias=True, n_group=8, topk_group=4, scaling=2.5),
+        "1024 experts": aot.route_calls(dtype, E=1024, K=32, score="sqrtsoftplus", bias=True),
+    }
+
+
+def experts_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    return {
+        "swiglu": aot.experts_calls(dtype),
+        "few tokens": aot.experts_calls(dtype, tokens=16),
+        "gpt-oss": aot.experts_calls(dtype, activation="gpt_oss", layout="in_out", biases=True),
+        "gpt-oss, out in, input": aot.experts_calls(dtype, activation="gpt_oss", weight_on="input", biases=True),
+        "llama4": aot.experts_calls(dtype, layout="in_out", weight_on="input"),
+        "geglu": aot.experts_calls(dtype, activation="geglu", biases=True),
+        "geglu tanh, in out": aot.experts_calls(dtype, activation="geglu_tanh", layout="in_out"),
+        "relu2": aot.experts_calls(dtype, activation="relu2"),
+    }
+
+
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["half", "float"])
 def test_decode_walks_the_keys_in_the_blocks_of_prefill(kind: str, arch: str) -> None:
@@ -164,6 +190,14 @@ def test_mla_on_hopper(name: str) -> None:
     check("sm_90", HALF, mla_calls(HALF)[name])
 
 
+def test_route_on_hopper() -> None:
+    check("sm_90", HALF, route_calls(HALF)["deepseek-v3"])
+
+
+def test_experts_on_hopper() -> None:
+    check("sm_90", HALF, experts_calls(HALF)["swiglu"])
+
+
 @pytest.mark.parametrize("name", ["forward", "decode"])
 def test_attention_float32_has_no_tf32(name: str) -> None:
     check("sm_90", FLOAT, attention_calls(FLOAT, 64, 64)[name])
@@ -190,6 +224,14 @@ class TestEverything:
         if (arch, name) in MLA_OPEN and dtype != FLOAT:
             request.applymarker(pytest.mark.xfail(reason=MLA_OPEN[arch, name], strict=True))
         check(arch, dtype, mla_calls(dtype)[name])
+
+    @pytest.mark.parametrize("name", list(route_calls(HALF)))
+    def test_route(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, route_calls(dtype)[name])
+
+    @pytest.mark.parametrize("name", list(experts_calls(HALF)))
+    def test_experts(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, experts_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))

@@ -235,7 +235,7 @@ def route_calls(dtype: torch.dtype, E: int = 256, K: int = 8, **options) -> Call
 
 def experts_calls(dtype: torch.dtype, tokens: int = 4096, *, activation: str = "swiglu", weight_on: str = "output",
                   layout: str = "out_in", biases: bool = False) -> Callable[[], None]:
-    """moe's forward, keeping z, then its whole backward."""
+    """moe's forward, without z and with it, then its whole backward."""
     H, inner, E, K = 1024, 512, 16, 4
     columns = inner if activation == "relu2" else 2 * inner
     shapes = ((E, columns, H), (E, H, inner)) if layout == "out_in" else ((E, H, columns), (E, inner, H))
@@ -246,7 +246,8 @@ def experts_calls(dtype: torch.dtype, tokens: int = 4096, *, activation: str = "
     options = dict(activation=activation, weight_on=weight_on, layout=layout, limit=7.0)
 
     def call() -> None:
-        moe.moe_forward(x, up, down, weights, experts, b1, b2, y, z, **options)
+        for kept in (None, z):
+            moe.moe_forward(x, up, down, weights, experts, b1, b2, y, kept, **options)
         moe_backward.moe_backward(y, z, x, up, down, weights, experts, b1, b2, x, up, down, weights, b1, b2, **options)
 
     return call
