@@ -185,10 +185,11 @@ def _dot_slots(p: Tensor, q: Tensor | None, by_expert: bool, partial: Tensor | N
     """out [N, K] (again: +=) partial [.., N·K] summed + ⟨p [N, columns], q⟩, q [E, columns] by expert or [N·K, columns]."""
     rows, width = configs.dot_tile()
     columns, q = (0, p) if q is None else (q.shape[1], q)
+    n_partial, partial = (0, out) if partial is None else (len(partial), partial)
     launch(
-        _ds_kernel, (triton.cdiv(out.numel(), rows),), p, q, slots.experts, out if partial is None else partial, out, out.numel(), slots.n_expert, slots.top_k,
-        columns, p.stride(0), q.stride(0), 0 if partial is None else len(partial), ROWS=rows, COLUMNS=width, BY_EXPERT=by_expert,
-        CONTINUE=again, warps=4, stages=1, device=p.device)
+        _ds_kernel, (triton.cdiv(out.numel(), rows),), p, q, slots.experts, partial, out, out.numel(), slots.n_expert, slots.top_k,
+        columns, p.stride(0), q.stride(0), n_partial, ROWS=rows, COLUMNS=width, BY_EXPERT=by_expert, CONTINUE=again, warps=4, stages=1,
+        device=p.device)
 
 
 def moe_backward(
@@ -207,7 +208,7 @@ def moe_backward(
             if g is not None:
                 g.zero_()
         return
-    (N, H), n_slots, on_input, in_out = x.shape, experts.numel(), weight_on == "input", layout == "in_out"
+    H, n_slots, on_input, in_out = x.shape[1], experts.numel(), weight_on == "input", layout == "in_out"
     w1, w2 = columns_first(w_gate_up, layout), columns_first(w_down, layout)
     slots, C, inner = Slots(experts, len(w1)), w1.shape[1], w2.shape[2]
     dz, a = (torch.empty((n_slots, width), dtype=x.dtype, device=x.device) for width in (C, inner))
@@ -241,4 +242,5 @@ def moe_backward(
                 _dot_slots(x[:, first:], of_slots, False, None, slots, dweights, first > 0)
 
         product_and_sum(
-            dz, w1.transpose(1, 2), None, weights if on_input else None, slots, torch.empty_like(x) if dx is None else dx, "dx", dot_with_x)
+            dz, w1.transpose(1, 2), None, weights if on_input else None, slots, torch.empty_like(x) if dx is None else dx, "dx",
+            dot_with_x)

@@ -287,8 +287,8 @@ def sort_slots(experts: Tensor, counts: Tensor, order: Tensor, offsets: Tensor) 
     launch(_prefix_kernel, (triton.cdiv(E + 1, 32),), table, counts, blocks, E, ROWS=64, COLUMNS=32, warps=4, stages=1, device=device)
     launch(_offsets_kernel, (1,), counts, offsets, E, BLOCK_E=bins, warps=4, stages=1, device=device)
     launch(
-        _place_kernel, (blocks,), experts, table, offsets, order, n_slots, E, BLOCK=block, STEP=block if configs.INTERPRET else 32, warps=4, stages=1,
-        device=device)
+        _place_kernel, (blocks,), experts, table, offsets, order, n_slots, E, BLOCK=block, STEP=block if configs.INTERPRET else 32,
+        warps=4, stages=1, device=device)
 
 
 # ---- the ops

@@ -168,9 +168,8 @@ def moe_cases() -> list[Any]:
     are in test_moe_route.py too."""
     cases = [c for c in CASES if c.family == "moe" and c.name.startswith(("moe/route", "moe/experts"))]
     quick = {("moe/route-deepseek-v3", FLOAT), ("moe/route-softmax-plain", HALF), ("moe/experts-decode", HALF)}
-    return [
-        pytest.param(c, d, id=f"{c}-{str(d)[6:]}", marks=[] if (c.name, d) in quick else pytest.mark.slow) for c in cases for d in (FLOAT, HALF)
-    ]
+    every = [(c, d) for c in cases for d in (FLOAT, HALF)]
+    return [pytest.param(c, d, id=f"{c}-{str(d)[6:]}", marks=[] if (c.name, d) in quick else pytest.mark.slow) for c, d in every]
 
 
 @pytest.mark.parametrize(("case", "dtype"), moe_cases())

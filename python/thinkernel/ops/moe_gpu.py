@@ -99,8 +99,8 @@ def forward(
     *shape, keep = options
     columns = w_gate_up.shape[1 if shape[2] == "out_in" else 2]
     y, z = empty(tuple(x.shape), x), empty((experts.numel() if keep else 0, columns), x)
-    given = _inputs(x, w_gate_up, w_down, weights, experts, b_gate_up, b_down)
-    kernels.moe_forward(*given, y, z if keep else None, **_options(*shape))
+    given: list[Any] = [*_inputs(x, w_gate_up, w_down, weights, experts, b_gate_up, b_down), y, z if keep else None]
+    kernels.moe_forward(*given, **_options(*shape))
     return y, z
 
 
