@@ -201,11 +201,12 @@ template <class St> struct Backward {
   float only_score(const Pair& x, int64_t h, int64_t i, float lse) const {
     const int64_t j = visible_keys(p, i + x.s.n - x.s.S, x.s.n).lo;
     const St *q = at<St>(p.q, p.q_stride, x.s.b, x.s.q + i, h), *k = at<St>(p.k, p.k_stride, x.s.b, x.s.k + x.s.start + j, x.head);
+    const int64_t length = score_chain(D);
     vf sum = zero(), chain = zero(), slope;
     for (int64_t d = 0; d < D; d += W) {
       const vf a = load_n(q + d, (int)least(W, D - d)), b = load_n(k + d, (int)least(W, D - d));
       for (int u = 0; u < least(W, D - d); ++u) chain = fma(splat(a[u]), splat(b[u]), chain);
-      if ((d + W) % Gemm<float>::KB == 0 || d + W >= D) sum = d < Gemm<float>::KB ? chain : sum + chain, chain = zero();
+      if ((d + W) % length == 0 || d + W >= D) sum = d < length ? chain : sum + chain, chain = zero();
     }
     return Grad<T>(transform).exponent(sum, splat(lse), &slope)[0];
   }

@@ -163,7 +163,7 @@ template <> struct GradBlock<float> {
   // dq_started, by groups: whether dq holds a sum already.
   void run(const Transform& f, const BlockOperands<float>& o, float* dk, float* dv, float* dq, bool* dq_started) {
     const Grad<float> grad(f);
-    const int64_t q_panel = Mm::NR * o.queries;
+    const int64_t q_panel = Mm::NR * o.queries, chain = score_chain(o.D);
     for (int64_t k0 = 0; k0 < o.keys; k0 += kPanel) {
       const int64_t rows = least(kPanel, o.keys - k0);
       int64_t ga, gb;
@@ -172,8 +172,9 @@ template <> struct GradBlock<float> {
       const int64_t qa = ga * kGroup, qb = least(gb * kGroup, o.queries);
       const int64_t ca = round_down(qa, Mm::NR), cb = round_up(gb * kGroup, Mm::NR);
       float* dp = ds + k0 * kLdq;
-      Mm::gemm_panels(rows, cb - ca, o.D, o.k_down + k0 * o.D, Mm::MR * o.D, o.q_across + ca * o.D, Mm::NR * o.D, s + ca,
-                      kLdq, false);
+      for (int64_t d = 0; d < o.D; d += chain)
+        Mm::gemm_panels(rows, cb - ca, least(chain, o.D - d), o.k_down + k0 * o.D + d * Mm::MR, Mm::MR * o.D,
+                        o.q_across + ca * o.D + d * Mm::NR, Mm::NR * o.D, s + ca, kLdq, d > 0);
       for (int64_t d = 0; d < o.Dv; d += kStep)
         Mm::gemm_panels(rows, cb - ca, least(kStep, o.Dv - d), o.v_down + k0 * o.Dv + d * Mm::MR, Mm::MR * o.Dv,
                         o.o_across + ca * o.Dv + d * Mm::NR, Mm::NR * o.Dv, dp + ca, kLdq, d > 0);

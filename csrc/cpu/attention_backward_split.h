@@ -67,21 +67,23 @@ template <> struct GradBlock<bf16x3> {
     const Grad<bf16x3> grad(f);
     const int64_t kp = Mm::padded_k(o.D), vp = Mm::padded_k(o.Dv);
     const int64_t q_panel = Mm::NR * Mm::padded_k(o.queries);
-    const int64_t groups = (o.queries + kGroup - 1) / kGroup;
+    const int64_t groups = (o.queries + kGroup - 1) / kGroup, chain = score_chain(o.D);
     const float *key = (const float*)o.k_down, *query = (const float*)o.q_across;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t a = round_down(most(o.seen.hull_lo[g] - o.first_key, 0), Scores::MR);
       const int64_t b = least(o.seen.hull_hi[g] - o.first_key, o.keys), q = g * kGroup;
-      if (a < b)
-        Scores::gemm_panels(b - a, kGroup, o.D, key + a * o.D, Scores::MR * o.D, query + q * o.D, Scores::NR * o.D, s + a * kLdq + q,
-                            kLdq, false);
+      if (a >= b) continue;
+      for (int64_t d = 0; d < o.D; d += chain)
+        Scores::gemm_panels(b - a, kGroup, least(chain, o.D - d), key + a * o.D + d * Scores::MR, Scores::MR * o.D,
+                            query + q * o.D + d * Scores::NR, Scores::NR * o.D, s + a * kLdq + q, kLdq, d > 0);
     }
     for (int64_t k = 0; k < o.keys; k += kPanel) {
       int64_t ga, gb;
       groups_seeing(o, kGroup, k, least(k + kPanel, o.keys), &ga, &gb);
       if (ga >= gb) continue;
       const int64_t qa = ga * kGroup, qb = gb * kGroup;
-      Mm::gemm_panels<1, false>(kPanel, qb - qa, o.Dv, o.v_down + k * vp, 0, o.o_across + qa * vp, Mm::NR * vp, dp + qa, kLdq, false);
+      Mm::gemm_panels<1, false, true>(kPanel, qb - qa, o.Dv, o.v_down + k * vp, 0, o.o_across + qa * vp, Mm::NR * vp, dp + qa, kLdq,
+                                      false);
       for (int64_t g = ga; g < gb; ++g) elements(grad, o, g, k);
       if (!dk) continue;
       if (o.ascending) sums<1>(o, k, qa, qb, q_panel, dk, dv);

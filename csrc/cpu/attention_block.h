@@ -38,6 +38,11 @@ inline Range visible_keys(const AttentionShape& s, int64_t p, int64_t n) {
   return hi > lo ? Range{lo, hi} : Range{0, 0};
 }
 
+// A float score is a sum of chains of FMAs this long, added in ascending order; the same in forward, decode and backward. Where
+// D takes more than one, they are shorter: at D = 256 two of 128 err twice as much as torch's product, which adds in lanes, four
+// of 64 as much.
+inline int64_t score_chain(int64_t D) { return D > Gemm<float>::KB ? Gemm<float>::KB / 2 : Gemm<float>::KB; }
+
 // 2^t for t <= 127; error 1.2 ulp. Below 2^-126 it stays at 2^-126: nobody sees the difference beside the row's maximum,
 // and no subnormals appear (they take 180 cycles a vector). NaN stays NaN. Minimax on [-1/2, 1/2], of degree 6 or, where
 // the result is rounded to 16 bits, 5 (error 2 ulp).

@@ -28,8 +28,11 @@ template <> struct Products<float> {
   }
   // S = Q K^T
   static void scores(const Unit& u, int64_t D, const float* q, const float* k, float* s) {
+    const int64_t chain = score_chain(D);
     each(u, kLine, [&](int64_t m, int64_t rows, int64_t from, int64_t to, bool) {
-      Mm::gemm_panels<0, 1>(rows, to - from, D, q + m * D, Mm::MR * D, k + from * D, Mm::NR * D, s + m * kLd + from, kLd, false);
+      for (int64_t d = 0; d < D; d += chain)
+        Mm::gemm_panels<0, 1>(rows, to - from, least(chain, D - d), q + m * D + d, Mm::MR * D, k + from * D + d * Mm::NR, Mm::NR * D,
+                              s + m * kLd + from, kLd, d > 0);
     });
   }
   // O = P V; the probabilities lie in the scores' place. keys: how many V has.

@@ -94,8 +94,9 @@ template <class St> struct Stream<St, float> {
 
  private:
   template <int R> static void scores_of(const St* k, int64_t stride, int64_t D, const float* q, float* s, Ahead& next) {
-    for (int64_t first = 0; first < D; first += Gemm<float>::KB) {  // Gemm's summation blocks
-      const int64_t end = least(D, first + Gemm<float>::KB);
+    const int64_t chain = score_chain(D);
+    for (int64_t first = 0; first < D; first += chain) {
+      const int64_t end = least(D, first + chain);
       vf acc[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r] = zero();

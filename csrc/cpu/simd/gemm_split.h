@@ -94,8 +94,10 @@ template <> struct Gemm<bf16x3> {
   static void gemm(int64_t M, int64_t N, int64_t K, const bf16x3* A, const bf16x3* B, float* C, int64_t ldc, bool accumulate) {
     gemm_panels(M, N, K, A, MR * padded_k(K), B, NR * padded_k(K), C, ldc, accumulate);
   }
-  // Direction -1: the sum runs over the steps of 32 from the last one down, K <= KB. kFetch: A comes from beyond L2.
-  template <int Direction = 1, bool kFetch = true>
+  // Direction -1: the sum runs over the steps of 32 from the last one down, K <= KB. kFetch: A comes from beyond L2. kHighsLast:
+  // the products of highs, by far the largest, follow all others within a block of KB, so that only they meet the whole sum's
+  // rounding; K <= KB.
+  template <int Direction = 1, bool kFetch = true, bool kHighsLast = false>
   static void gemm_panels(int64_t M, int64_t N, int64_t K, const bf16x3* A, int64_t a_panel, const bf16x3* B, int64_t b_panel,
                           float* C, int64_t ldc, bool accumulate) {
     if (K == 0 && !accumulate) {
@@ -116,10 +118,10 @@ template <> struct Gemm<bf16x3> {
           const int cols = (int)least(NR, N - n);
           float* c = C + m * ldc + n;
           if (!add && rows == MR && cols == NR) {
-            tiles<Direction>(steps, (const bf16*)a, (const bf16*)b, c, ldc, ahead, (int)per_step);
+            tiles<Direction, kHighsLast>(steps, (const bf16*)a, (const bf16*)b, c, ldc, ahead, (int)per_step);
           } else {
             alignas(64) float sums[MR * NR];
-            tiles<Direction>(steps, (const bf16*)a, (const bf16*)b, sums, NR, ahead, (int)per_step);
+            tiles<Direction, kHighsLast>(steps, (const bf16*)a, (const bf16*)b, sums, NR, ahead, (int)per_step);
             if (rows == MR && cols == NR) join(MR, NR, sums, c, ldc, true);
             else join(rows, cols, sums, c, ldc, add);
           }
@@ -194,7 +196,7 @@ template <> struct Gemm<bf16x3> {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  template <int Direction>
+  template <int Direction, bool kHighsLast>
   static void tiles(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, const bf16* ahead, int per_step) {
     tile_fence();
     const int64_t bytes = ldc * 4;
@@ -203,7 +205,8 @@ template <> struct Gemm<bf16x3> {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (; steps; --steps, a += Direction * kStep, b += Direction * kStep) {
+    const bf16 *const a_first = a, *const b_first = b;
+    for (int64_t left = steps; left; --left, a += Direction * kStep, b += Direction * kStep) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
       const bf16 *a1 = a + kPart, *a2 = a1 + kPart, *b1 = b + kPart, *b2 = b1 + kPart;
       load_a(a), load_b(b2), multiply();
@@ -211,8 +214,10 @@ template <> struct Gemm<bf16x3> {
       load_a(a1), multiply();
       load_b(b), multiply();
       load_a(a2), multiply();
-      load_a(a), multiply();
+      if constexpr (!kHighsLast) load_a(a), multiply();
     }
+    if constexpr (kHighsLast)
+      for (a = a_first, b = b_first; steps; --steps, a += Direction * kStep, b += Direction * kStep) load_a(a), load_b(b), multiply();
     _tile_stored(0, c, bytes);
     _tile_stored(1, c + 16, bytes);
     _tile_stored(2, half, bytes);
