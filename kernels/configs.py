@@ -218,11 +218,13 @@ EXPERTS = {
         "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 128, 64, 8, 3, 8), "dx": Product(128, 256, 64, 8, 3, 8),
         "dx few": Product(64, 64, 128, 4, 4, 8), "dw": Product(128, 128, 64, 8, 3, 1),
         "up geglu": Product(128, 64, 64, 8, 4, 8), "up geglu_tanh": Product(128, 64, 64, 8, 4, 8),
+        "up gpt_oss, kept": Product(128, 64, 64, 8, 4, 8),
     },
     ("sm_100", "half"): {
         "up": Product(128, 128, 64, 8, 3, 8), "up few": Product(64, 32, 128, 4, 4, 8), "down": Product(128, 256, 64, 8, 3, 8),
         "down few": Product(64, 64, 128, 4, 4, 8), "dz": Product(128, 128, 64, 8, 3, 8), "dx": Product(128, 256, 64, 8, 3, 8),
         "dx few": Product(64, 64, 128, 4, 4, 8), "dw": Product(128, 128, 64, 8, 3, 1), "up gpt_oss": Product(128, 64, 64, 8, 4, 8),
+        "up geglu, kept": Product(128, 64, 64, 8, 4, 8),
     },
     **{(arch, "float"): {
         "up": Product(64, 32, 16, 8, 3, 8), "up few": Product(16, 16, 32, 4, 3, 8), "down": Product(64, 64, 16, 8, 3, 8),
@@ -325,12 +327,13 @@ def reward_block() -> int:
     return 4 if INTERPRET else 64
 
 
-def experts(device: torch.device, dtype: torch.dtype, pass_: str, activation: str = "") -> Product:
-    """The tile of one of moe's products: a key of EXPERTS, or that key and the activation where it has a tile of its own."""
+def experts(device: torch.device, dtype: torch.dtype, pass_: str, activation: str = "", kept: bool = False) -> Product:
+    """The tile of one of moe's products: a key of EXPERTS; that key and the activation (where z is kept) which has a tile of its own."""
     if INTERPRET:
         return _INTERPRETER_PRODUCT
     table = EXPERTS[architecture(device), kind(dtype)]
-    return table.get(f"{pass_} {activation}", table[pass_])
+    plain = table.get(f"{pass_} {activation}", table[pass_])
+    return table.get(f"{pass_} {activation}, kept", plain) if kept else plain
 
 
 def combine_tile() -> tuple[int, int]:

@@ -85,6 +85,14 @@ def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _kept(z, limit, below, ACTIVATION: tl.constexpr):
+    """z as it is kept. Beyond the limit its size has no effect, but rounded it could come to lie on it, where it has a gradient."""
+    if ACTIVATION != RELU2:
+        z = tl.where(z > limit, 2.0 * limit, tl.where((z < -limit) & below, -2.0 * limit, z))
+    return z
+
+
+@triton.jit
 def _finish(gate, up, row, live, n0, a_ptr, z_ptr, I, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
             JOINED: tl.constexpr, KEEP: tl.constexpr):
     """Stores a and z of COLUMNS inner columns from n0; JOINED: gate holds [gate, up] side by side, [ROWS, 2·COLUMNS]."""
@@ -93,15 +101,16 @@ def _finish(gate, up, row, live, n0, a_ptr, z_ptr, I, limit, ROWS: tl.constexpr,
     z_row = row.to(tl.int64)[:, None] * C
     if KEEP and ACTIVATION == GPT_OSS:
         column = 2 * n0 + tl.arange(0, 2 * COLUMNS)
-        tl.store(z_ptr + z_row + column[None, :], convert(gate, z_ptr.dtype.element_ty), mask=live[:, None] & (column < C)[None, :])
+        kept = _kept(gate, limit, (column % 2 == 1)[None, :], ACTIVATION)
+        tl.store(z_ptr + z_row + column[None, :], convert(kept, z_ptr.dtype.element_ty), mask=live[:, None] & (column < C)[None, :])
     if GATED and JOINED:
         gate, up = tl.split(tl.reshape(gate, (ROWS, COLUMNS, 2)))
     inner = n0 + tl.arange(0, COLUMNS)
     inside = live[:, None] & (inner < I)[None, :]
     if KEEP and ACTIVATION != GPT_OSS:
-        tl.store(z_ptr + z_row + inner[None, :], convert(gate, z_ptr.dtype.element_ty), mask=inside)
+        tl.store(z_ptr + z_row + inner[None, :], convert(_kept(gate, limit, False, ACTIVATION), z_ptr.dtype.element_ty), mask=inside)
         if GATED:
-            tl.store(z_ptr + z_row + I + inner[None, :], convert(up, z_ptr.dtype.element_ty), mask=inside)
+            tl.store(z_ptr + z_row + I + inner[None, :], convert(_kept(up, limit, True, ACTIVATION), z_ptr.dtype.element_ty), mask=inside)
     a = activate(gate, up, limit, ACTIVATION, a_ptr.dtype.element_ty == tl.float32)
     tl.store(a_ptr + row.to(tl.int64)[:, None] * I + inner[None, :], convert(a, a_ptr.dtype.element_ty), mask=inside)
 
@@ -229,7 +238,7 @@ class Slots:
 def up(x: Tensor, w: Tensor, inner: int, bias: Tensor | None, weights: Tensor | None, slots: Slots,
        a: Tensor, z: Tensor | None, activation: str, limit: float) -> None:
     """w [E, C, H] in any layout -> a [N·K, I] and z [N·K, C], of which the first M rows are written. weights: on the input."""
-    tile = configs.experts(x.device, x.dtype, "up few" if slots.few() else "up", activation)
+    tile = configs.experts(x.device, x.dtype, "up few" if slots.few() else "up", activation, z is not None)
     tiles = slots.tiles(tile.m)
     launch(
         _up_kernel, (tiles.shape[1] * triton.cdiv(inner, tile.n),), x, w, bias, weights, slots.order, slots.offsets, tiles, a, z,
