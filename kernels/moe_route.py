@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .primitives import exact_exp, launch, logistic
+from .primitives import convert, exact_exp, launch, logistic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sigmoid_topk", "sqrtsoftplus")
@@ -213,7 +213,7 @@ def _route_backward_kernel(logits_ptr, experts_ptr, dweights_ptr, dlogits_ptr, N
         p = tl.div_rn(exact_exp(z - peak), total)
         dz = p * (dz - tl.sum(w * d, 1, keep_dims=True))
     to = dlogits_ptr + row.to(tl.int64)[:, None] * E + expert
-    tl.store(to, dz.to(dlogits_ptr.dtype.element_ty), mask=live & (expert < E))
+    tl.store(to, convert(dz, dlogits_ptr.dtype.element_ty), mask=live & (expert < E))
 
 
 # ---- the slots sorted by expert
