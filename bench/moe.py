@@ -75,7 +75,7 @@ def by_expert(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Ten
 
 def together(out: Tensor, weights: Tensor, order: Tensor, n: int, k: int) -> Tensor:
     out = out * weights.flatten()[order, None].to(out.dtype)
-    return out[torch.empty_like(order).scatter_(0, order, torch.arange(n * k))].view(n, k, -1).sum(1)
+    return out[torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))].view(n, k, -1).sum(1)
 
 
 def grouped(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ def transformers_form(kind: str, up: Tensor, down: Tensor) -> Form | None:
         return None
     config = Qwen3MoeConfig(num_experts=len(up), hidden_size=down.shape[1], moe_intermediate_size=down.shape[2])
     config._experts_implementation = kind
-    module = Qwen3MoeExperts(config)
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
 
     def form(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         for name, w in (("gate_up_proj", up), ("down_proj", down)):  # in place of the module's parameters, without a copy
@@ -225,7 +226,7 @@ def eager_route(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     scores = logits.sigmoid()
     choice = scores + bias
     best = choice.view(-1, 8, 32).topk(2, dim=-1).values.sum(-1).topk(4, dim=-1, sorted=False).indices
-    kept = torch.zeros(len(logits), 8).scatter_(1, best, 1).unsqueeze(-1).expand(-1, 8, 32).reshape(-1, 256)
+    kept = logits.new_zeros(len(logits), 8).scatter_(1, best, 1).unsqueeze(-1).expand(-1, 8, 32).reshape(-1, 256)
     experts = choice.masked_fill(kept == 0, -torch.inf).topk(8, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5

@@ -30,7 +30,7 @@ def grouped(pid, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load_operand(at, inside, depth, left_over, CLAMPED: tl.constexpr, EVEN_K: tl.constexpr):
+def load_operand(at, inside, depth, left_over, CLAMPED: tl.constexpr, EVEN_K: tl.constexpr):
     if CLAMPED and EVEN_K:
         operand = tl.load(at)
     elif CLAMPED:
@@ -72,8 +72,8 @@ def add_product(acc, x_ptr, w_ptr, rows_left, columns_left, K, stride_xm, stride
     x_at = x_ptr + row[:, None] * stride_xm + at[None, :] * stride_xk
     w_at = w_ptr + column[:, None] * stride_wn + at[None, :] * stride_wk
     for k0 in range(0, K, BLOCK_K):
-        x = _load_operand(x_at, row_inside, depth, K - k0, CLAMP_X, EVEN_K)  # [BLOCK_M, BLOCK_K]
-        w = _load_operand(w_at, column_inside, depth, K - k0, CLAMP_W, EVEN_K)  # [BLOCK_N, BLOCK_K]
+        x = load_operand(x_at, row_inside, depth, K - k0, CLAMP_X, EVEN_K)  # [BLOCK_M, BLOCK_K]
+        w = load_operand(w_at, column_inside, depth, K - k0, CLAMP_W, EVEN_K)  # [BLOCK_N, BLOCK_K]
         acc = dot(x, tl.trans(w), acc)
         x_at += x_step
         w_at += w_step

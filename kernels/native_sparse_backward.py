@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_backward import CHAIN, _rows_kernel, _weights
+from .attention_backward import CHAIN, _rows_kernel, row_weights
 from .attention_tiles import blocks, load_rows, tiles
 from .native_sparse_choose import locate
 from .native_sparse_walk import keys_of_tile, step_keys, steps_of, walk
@@ -80,7 +80,7 @@ def _block_queries_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, d
                 s = dot(q_rest, tl.trans(k_rest), s)
             v = load_tile(v_base + n0.to(tl.int64) * stride_vs, stride_vs, left, N, 0, BLOCK_DV, DV, WIDE)  # [N, Dv]
             dp = dot(dout, tl.trans(v), tl.zeros([M, N], tl.float32), CHAIN)  # [M, N]
-            weights = _weights(tl.where(seen, s, float("-inf")), level[:, None], scale, False, q.dtype == tl.float32)
+            weights = row_weights(tl.where(seen, s, float("-inf")), level[:, None], scale, False, q.dtype == tl.float32)
             ds = (weights * (dp - delta[:, None])).to(k.dtype)
             dq = dot(ds, k, dq)
             if REST_D > 0:
@@ -170,7 +170,7 @@ def _block_keys_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, level_ptr, delta_ptr, dk_p
                 level = tl.load(level_ptr + at, mask=live, other=float("inf"))
                 delta = tl.load(delta_ptr + at, mask=live, other=0.0)
                 seen = key[:, None] <= (s_row.to(tl.int32) + behind)[None, :]
-                p = _weights(tl.where(seen, s, float("-inf")), level[None, :], scale, False, q.dtype == tl.float32)
+                p = row_weights(tl.where(seen, s, float("-inf")), level[None, :], scale, False, q.dtype == tl.float32)
                 dv = dot(p.to(dout.dtype), dout, dv)
                 ds = (p * (dp - delta[None, :])).to(q.dtype)
                 dk = dot(ds, q, dk)

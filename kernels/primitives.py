@@ -9,6 +9,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRET = tl.constexpr(INTERPRET)
@@ -80,6 +81,26 @@ def again(x):
     if not _INTERPRET:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
     return x
+
+
+@triton.jit
+def exact_exp(x):
+    """e^x in float32 to an ulp; tl.exp rounds x·log2(e), which at x = −15 costs 1e-6."""
+    if _INTERPRET:
+        y = tl.exp(x)
+    else:
+        y = libdevice.exp(x)
+    return y
+
+
+@triton.jit
+def logistic(x, EXACT: tl.constexpr = True):
+    """1/(1 + e^−x), to an ulp or two; not EXACT: good enough for 16-bit results, and without the branches of an exact quotient."""
+    if EXACT:
+        y = tl.div_rn(tl.zeros_like(x) + 1.0, 1.0 + exact_exp(-x))
+    else:
+        y = 1.0 / (1.0 + tl.exp(-x))
+    return y
 
 
 @triton.jit

@@ -22,7 +22,8 @@ ROW_KERNELS = (  # no matrix product in these
     "_sum_kernel",
     "_row_kernel", "_part_kernel", "_finish_kernel", "_residual_kernel", "_collect_kernel",
     "_choose_kernel", "_means_kernel", "_mean_score_kernel", "_unions_kernel", "_block_sums_kernel", "_gates_kernel",
-    "_gates_backward_kernel",
+    "_gates_backward_kernel", "_route_kernel", "_route_backward_kernel", "_histogram_kernel", "_prefix_kernel", "_offsets_kernel",
+    "_place_kernel", "_tiles_kernel", "_combine_kernel", "_db_kernel", "_ds_kernel",
 )  # fmt: skip
 
 
@@ -147,10 +148,10 @@ INDEXER_OPEN = {"scores, 5 heads of 200": "an index dim over 128 spills some reg
 
 
 # Groups that fill no tile, and MoBA's blocks of several tiles, hold a few values more in the kernel of dK and dV.
-SPARSE_OPEN = {("sm_90", "nsa three heads backward"): "8 to 80 bytes spilled", ("sm_90", "moba backward"): "spills at D = 192"}
+BLOCK_SPARSE_OPEN = {("sm_90", "nsa three heads backward"): "8 to 80 bytes spilled", ("sm_90", "moba backward"): "spills at D = 192"}
 
 
-def sparse_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
+def block_sparse_calls(dtype: torch.dtype, D: int, Dv: int) -> dict[str, Callable[[], None]]:
     """NSA at the paper's sizes; packed; from a cache; with a group of three, which fills no tile; MoBA."""
     forms = {
         "nsa": {}, "nsa packed": dict(packed=True), "nsa cache": dict(cache=True), "nsa three heads": dict(H=6, Hkv=2),
@@ -196,6 +197,30 @@ def batch_calls() -> dict[str, Callable[[], None]]:
         calls[f"advantages, rule {rule}"] = aot.advantages_call(n=1 + rule % 3, ids=rule % 2 == 1, normalize=rule)
     calls["advantages, GDPO"] = aot.advantages_call(n=3, ids=True, normalize_then_sum=True)
     return calls
+
+
+def route_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    return {
+        "softmax": aot.route_calls(dtype),
+        "softmax, plain": aot.route_calls(dtype, E=384, renormalize=False),
+        "gpt-oss, replay": aot.route_calls(dtype, E=128, K=4, score="softmax_topk", replay=True),
+        "deepseek-v2": aot.route_calls(dtype, E=160, K=6, n_group=8, topk_group=3, group_score="max", renormalize=False),
+        "deepseek-v3": aot.route_calls(dtype, score="sigmoid", bias=True, n_group=8, topk_group=4, scaling=2.5),
+        "1024 experts": aot.route_calls(dtype, E=1024, K=32, score="sqrtsoftplus", bias=True),
+    }
+
+
+def experts_calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    return {
+        "swiglu": aot.experts_calls(dtype),
+        "few tokens": aot.experts_calls(dtype, tokens=16),
+        "gpt-oss": aot.experts_calls(dtype, activation="gpt_oss", layout="in_out", biases=True),
+        "gpt-oss, out in, input": aot.experts_calls(dtype, activation="gpt_oss", weight_on="input", biases=True),
+        "llama4": aot.experts_calls(dtype, layout="in_out", weight_on="input"),
+        "geglu": aot.experts_calls(dtype, activation="geglu", biases=True),
+        "geglu tanh, in out": aot.experts_calls(dtype, activation="geglu_tanh", layout="in_out"),
+        "relu2": aot.experts_calls(dtype, activation="relu2"),
+    }
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
@@ -244,6 +269,8 @@ def test_mla_on_hopper(name: str) -> None:
 @pytest.mark.parametrize("name", ["latents", "FP8, pages", "latents backward"])
 def test_sparse_attention_on_hopper(name: str) -> None:
     check("sm_90", HALF, sparse_calls(HALF)[name])
+
+
 @pytest.mark.parametrize("name", ["scores", "topk, 300 of 8192"])
 def test_indexer_on_hopper(name: str) -> None:
     check("sm_90", HALF, indexer_calls(HALF)[name])
@@ -251,7 +278,15 @@ def test_indexer_on_hopper(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nsa choose", "nsa forward", "nsa backward", "gates"])
 def test_native_sparse_on_hopper(name: str) -> None:
-    check("sm_90", HALF, sparse_calls(HALF, 128, 128)[name])
+    check("sm_90", HALF, block_sparse_calls(HALF, 128, 128)[name])
+
+
+def test_route_on_hopper() -> None:
+    check("sm_90", HALF, route_calls(HALF)["deepseek-v3"])
+
+
+def test_experts_on_hopper() -> None:
+    check("sm_90", HALF, experts_calls(HALF)["swiglu"])
 
 
 @pytest.mark.parametrize("name", ["forward", "decode"])
@@ -294,13 +329,21 @@ class TestEverything:
         check(arch, dtype, sparse_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
-    @pytest.mark.parametrize("name", list(sparse_calls(HALF, 64, 64)))
+    @pytest.mark.parametrize("name", list(block_sparse_calls(HALF, 64, 64)))
     def test_native_sparse(
         self, name: str, head_dims: tuple[int, int], arch: str, dtype: torch.dtype, request: pytest.FixtureRequest
     ) -> None:
-        if (arch, name) in SPARSE_OPEN and dtype != FLOAT and head_dims[1] >= 128:
-            request.applymarker(pytest.mark.xfail(reason=SPARSE_OPEN[arch, name], strict=False))
-        check(arch, dtype, sparse_calls(dtype, *head_dims)[name])
+        if (arch, name) in BLOCK_SPARSE_OPEN and dtype != FLOAT and head_dims[1] >= 128:
+            request.applymarker(pytest.mark.xfail(reason=BLOCK_SPARSE_OPEN[arch, name], strict=False))
+        check(arch, dtype, block_sparse_calls(dtype, *head_dims)[name])
+
+    @pytest.mark.parametrize("name", list(route_calls(HALF)))
+    def test_route(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, route_calls(dtype)[name])
+
+    @pytest.mark.parametrize("name", list(experts_calls(HALF)))
+    def test_experts(self, name: str, arch: str, dtype: torch.dtype) -> None:
+        check(arch, dtype, experts_calls(dtype)[name])
 
     @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
     @pytest.mark.parametrize("name", list(attention_calls(HALF, 64, 64)))

@@ -29,6 +29,9 @@ from thinkernel.kernels import (
     indexer_loss,
     linear,
     mla,
+    moe,
+    moe_backward,
+    moe_route,
     native_sparse,
     native_sparse_backward,
     native_sparse_choose,
@@ -43,7 +46,7 @@ from triton.runtime.driver import driver
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 MODULES = (  # whose launches a compile check catches
     attention, attention_backward, attention_decode, grpo, grpo_advantages, grpo_logits, grpo_policy, indexer, indexer_loss, linear, mla,
-    native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk, sparse_attention,
+    moe, moe_backward, moe_route, native_sparse, native_sparse_backward, native_sparse_choose, native_sparse_walk, sparse_attention,
     sparse_attention_backward, topk,
 )  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -337,5 +340,40 @@ def branch_gates_calls(dtype: torch.dtype, Dv: int = 128) -> Callable[[], None]:
         native_sparse.branch_gates(branches.unbind(), gates, out)
         native_sparse.branch_gates_backward(branches, gates, out, torch.empty_like(branches), torch.empty_like(gates))
         native_sparse.branch_gates(branches.unbind(), None, out)
+
+    return call
+
+
+def route_calls(dtype: torch.dtype, E: int = 256, K: int = 8, **options) -> Callable[[], None]:
+    """route, then its backward; `n_group` and the others as in tk.route."""
+    N, rule = 512, {"score": "softmax", "renormalize": True, "scaling": 1.0} | options
+    logits, experts, weights = torch.empty(N, E, dtype=dtype), torch.zeros(N, K, dtype=torch.int32), torch.empty(N, K)
+    counts, order, offsets = (torch.empty(n, dtype=torch.int32) for n in (E, N * K, E + 1))
+    bias = torch.empty(E) if rule.pop("bias", False) else None
+    own = {name: rule[name] for name in ("score", "renormalize", "scaling")}
+
+    def call() -> None:
+        moe_route.route_forward(logits, bias, experts, weights, counts, order, offsets, **rule)
+        moe_route.route_backward(logits, experts, weights, logits, **own)
+
+    return call
+
+
+def experts_calls(dtype: torch.dtype, tokens: int = 4096, *, activation: str = "swiglu", weight_on: str = "output",
+                  layout: str = "out_in", biases: bool = False) -> Callable[[], None]:
+    """moe's forward, without z and with it, then its whole backward."""
+    H, inner, E, K = 1024, 512, 16, 4
+    columns = inner if activation == "relu2" else 2 * inner
+    shapes = ((E, columns, H), (E, H, inner)) if layout == "out_in" else ((E, H, columns), (E, inner, H))
+    x, y, z = (torch.empty(n, width, dtype=dtype) for n, width in ((tokens, H), (tokens, H), (tokens * K, columns)))
+    up, down = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    weights, experts = torch.empty(tokens, K), torch.zeros(tokens, K, dtype=torch.int32)
+    b1, b2 = (torch.empty(E, columns), torch.empty(E, H)) if biases else (None, None)
+    options = dict(activation=activation, weight_on=weight_on, layout=layout, limit=7.0)
+
+    def call() -> None:
+        for kept in (None, z):
+            moe.moe_forward(x, up, down, weights, experts, b1, b2, y, kept, **options)
+        moe_backward.moe_backward(y, z, x, up, down, weights, experts, b1, b2, x, up, down, weights, b1, b2, **options)
 
     return call

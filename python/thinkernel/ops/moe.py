@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinkernel.ops import checks, moe_cpu, moe_cuda
+from thinkernel.ops import checks, moe_cpu, moe_cuda, moe_gpu
 from thinkernel.ops.dispatch import requested
 from thinkernel.ops.library import Op, gradients, plain
 from thinkernel.reference import moe as reference
@@ -69,6 +69,8 @@ route_op.kernel("cpu", moe_cpu.route_covers)(moe_cpu.route)
 route_backward.kernel("cpu", lambda dweights, logits, *rest: moe_cpu.route_covers(logits, None, None))(moe_cpu.route_backward)
 route_op.kernel("cuda", moe_cuda.route_covers)(moe_cuda.route)
 route_backward.kernel("cuda", moe_cuda.route_backward_covers)(moe_cuda.route_backward)
+route_op.kernel("triton", moe_gpu.route_covers)(moe_gpu.route)
+route_backward.kernel("triton", lambda dweights, logits, *rest: moe_gpu.route_covers(logits, None, None))(moe_gpu.route_backward)
 
 
 @route_op.check
@@ -147,6 +149,8 @@ def _reference_backward(dy: Tensor, z: Tensor, *args: Any) -> list[Tensor]:
 
 moe_forward.kernel("cpu", moe_cpu.covers)(moe_cpu.forward)
 moe_backward.kernel("cpu", lambda dy, z, *tensors: moe_cpu.covers(*tensors[:7], None, None))(moe_cpu.backward)
+moe_forward.kernel("triton", moe_gpu.covers)(moe_gpu.forward)
+moe_backward.kernel("triton", lambda dy, z, *tensors: moe_gpu.covers(*tensors[:7], None, None))(moe_gpu.backward)
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
