@@ -338,7 +338,7 @@ INDEXER_WORKSPACE = 128 * 1024 * 1024
 # a block (64 in NSA); "blocks_kv": n keys stay. "scores": m rows against n compressed keys, "means": m queries of a head against n blocks.
 BLOCK_SPARSE = {
     "blocks": {
-        ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm_80", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
         ("sm_90", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         ("sm_100", "half"): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         ("sm_80", "float"): {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 192: Tile(16, 32, 8, 2), 256: Tile(16, 16, 4, 1)},
@@ -347,7 +347,7 @@ BLOCK_SPARSE = {
     },
     "blocks_q": {
         ("sm_80", "half"): {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 2), 192: Tile(64, 16, 8, 1), 256: Tile(64, 32, 8, 1)},
-        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 3)},
+        ("sm_90", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 3)},
         ("sm_100", "half"): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 2)},
         ("sm_80", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
         ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 3), 192: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
@@ -364,7 +364,7 @@ BLOCK_SPARSE = {
     "scores": {
         ("sm_80", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
         ("sm_90", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
-        ("sm_100", "half"): dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
+        ("sm_100", "half"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 192: Tile(64, 32, 4, 2), 256: Tile(64, 32, 4, 2)},
         ("sm_80", "float"): dict.fromkeys(WIDTHS, Tile(16, 32, 4, 1)),
         ("sm_90", "float"): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 192: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 2)},
         ("sm_100", "float"): dict.fromkeys(WIDTHS, Tile(16, 32, 4, 1)),
@@ -469,9 +469,13 @@ def mla_tile(device: torch.device, dtype: torch.dtype, padded_dv: int, fp8: bool
     return MLA_DECODE.get((arch, f"{wanted}, prefix"), {}).get(width, found) if prefix else found
 
 
-def block_sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int) -> Tile:
-    """The tile of a kernel over chosen blocks of keys, or of their choice, for this padded head dim."""
-    return Tile(32, 16, 1, 1) if INTERPRET else BLOCK_SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
+def block_sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded: int, whole: bool = True) -> Tile:
+    """The tile of a kernel over chosen blocks of keys, or of their choice, for this padded head dim. whole: the heads that share a
+    choice fill it; else masks take registers, and it has half the rows."""
+    if INTERPRET:
+        return Tile(32, 16, 1, 1)
+    tile = BLOCK_SPARSE[kernel][architecture(device), kind(dtype)][width(padded, padded)]
+    return tile if whole else tile._replace(m=max(tile.m // 2, 16))
 
 
 def sparse_tile(kernel: str, device: torch.device, dtype: torch.dtype, padded_d: int, padded_dv: int, fp8: bool = False) -> Tile:
@@ -529,15 +533,18 @@ def topk(rows: int, length: int) -> Parts:
 
 
 def indexer(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, quantised: bool = False) -> Tile:
-    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel. Fewer keys where rows are wide, where their width
-    is no power of two (masks and addresses take registers), and where float32 queries meet quantised keys."""
+    """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel. Fewer keys where rows are wide, and where their width
+    is no power of two (masks and addresses take registers); with both, nothing is fetched ahead. Fewer pairs and keys where float32
+    queries meet quantised keys."""
     if INTERPRET:
         return Tile(16, 32, 1, 1)
     half = kind(dtype) == "half"
     found = INDEXER[architecture(device), kind(dtype)][kernel]
     least = 16 if not half else 32 if kernel == "query" else 64
-    halvings = (dim > 128) + (dim & (dim - 1) > 0) + (quantised and not half)
-    return found._replace(n=max(found.n >> halvings, least))
+    halvings = (dim > 128) + (dim & (dim - 1) > 0)
+    if quantised and not half:
+        return found._replace(m=found.m // 2, n=max(found.n >> halvings + 1, least))
+    return found._replace(n=max(found.n >> halvings, least), stages=1 if halvings > 1 else found.stages)
 
 
 def target_depth(dtype: torch.dtype) -> int:

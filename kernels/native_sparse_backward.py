@@ -290,7 +290,7 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
         S, T, H, H // Hkv, U, shared, way.n_tiles, n_sequences, way.capacity, *strides, float(scale), M=tile.m,
         **way.constants(tile.n, block), **shapes, warps=tile.warps, stages=tile.stages)
 
-    tile = configs.block_sparse_tile("blocks_kv", q.device, q.dtype, width)
+    tile = configs.block_sparse_tile("blocks_kv", q.device, q.dtype, width, whole=64 % shared == 0)
     keys = keys_of_tile(tile.n, block)
     pieces, pairs = triton.cdiv(block, keys), max(1, tile.m // shared)
     segment = max(1, configs.segment() * pieces // shared)

@@ -74,6 +74,7 @@ def test_equals_a_sort_with_the_shipped_block_sizes(builds: dict[str, Path], req
     check(run(builds["shipped_blocks"], seed_of(request), "edges", "long"), "edges", "long")
 
 
+@pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers_are_silent(
     builds: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
