@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import sparse_problem
 import thinkernel as tk
 import torch
 from test_attention import paged
@@ -16,7 +17,6 @@ from test_rule import DTYPES
 from thinkernel.kernels import sparse_attention_backward as backward_kernels
 from thinkernel.reference import sparse as reference
 from thinkernel.reference.mla import dequantize_latent, quantize_latent
-from thinkernel.testing.attention import torch_sparse_attention
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
@@ -27,72 +27,15 @@ NAN = float("nan")
 
 
 @dataclasses.dataclass
-class Sizes:
+class Sizes(sparse_problem.Sizes):
     B: int = 1
     S: int = 4
-    T: int = 40
-    H: int = 3
     D: int = 24
     Dv: int = 16
-    K: int = 12
-    Hkv: int = 0  # 0: latents
-    sinks: bool = False
-    scale: float | None = None
 
 
-class Problem:
-    """Inputs, weights for their gradients, and the op in any dtype on any implementation."""
-
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, seed: int = 1):
-        x, draw = sizes, Draw(seed, dtype)
-        self.sizes, self.dtype = x, dtype
-        shape = (x.B, x.T, x.Hkv) if x.Hkv else (x.B, x.T)
-        self.inputs = dict(q=draw.normal(x.B, x.S, x.H, x.D), k=draw.normal(*shape, x.D))
-        if x.Hkv:
-            self.inputs["v"] = draw.normal(*shape, x.Dv)
-        if x.sinks:
-            self.inputs["sinks"] = draw.normal(x.H)
-        lists = [self.slots(draw) for _ in range(max(x.Hkv, 1))]
-        self.indices = torch.stack(lists, 2) if x.Hkv else lists[0]
-        self.dout, self.dlse = draw.normal(x.B, x.S, x.H, x.Dv), draw.normal(x.B, x.S, x.H, dtype=torch.float32)
-
-    def slots(self, draw: Draw) -> Tensor:
-        """Causal, ascending; and one row backwards, one empty, holes in one, one out of order and partly no keys of the sequence."""
-        x = self.sizes
-        slots = draw.selected(x.B, x.S, x.T, min(x.K, x.T))
-        slots = torch.nn.functional.pad(slots, (0, x.K - slots.shape[-1]), value=-1)
-        slots[0, 0] = slots[0, 0].flip(0)
-        if x.S > 1:
-            slots[0, 1] = -1
-        if x.S > 2:
-            slots[0, 2, ::3] = -1
-        if x.S > 3:
-            slots[-1, 3] = slots[-1, 3][draw.permutation(x.K)]
-        return slots
-
-    def run(self, function: Any, dtype: torch.dtype | None = None, grads: bool = True, **more: Any) -> dict[str, Tensor]:
-        dtype = dtype or self.dtype
-        inputs = {n: x.detach().to(dtype, copy=True).requires_grad_(grads) for n, x in self.inputs.items()}
-        kv = (inputs["k"], inputs["v"]) if self.sizes.Hkv else inputs["k"]
-        value_dim = None if self.sizes.Hkv else self.sizes.Dv
-        out, lse = function(inputs["q"], kv, self.indices, value_dim=value_dim, scale=self.sizes.scale, sinks=inputs.get("sinks"), **more)
-        found = dict(out=out, lse=lse)
-        if grads:
-            empty = lse.isneginf()
-            total = (out * self.dout.to(dtype)).sum() + (lse.masked_fill(empty, 0) * self.dlse.to(lse.dtype)).sum()
-            found |= {f"d{n}": g for n, g in zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True)}
-        return {n: x.detach() for n, x in found.items()}
-
-    def ours(self, **options: Any) -> dict[str, Tensor]:
-        with tk.use_backend("triton"):
-            return self.run(lambda *a, **b: tk.sparse_attention(*a, **b, return_lse=True), **options)
-
-    def check(self) -> dict[str, Tensor]:
-        found = self.ours()
-        ref64, base = self.run(reference.sparse_attention, torch.float64), self.run(torch_sparse_attention)
-        for name, x in found.items():
-            check(x, ref64[name], base[name], name=name)
-        return found
+class Problem(sparse_problem.Problem):
+    backend = "triton"
 
 
 SHAPES = {
