@@ -20,19 +20,24 @@ namespace baseline { const Kernels& table(); }
 #if defined(TK_X86)
 namespace avx2 { const Kernels& table(); }
 namespace avx512 { const Kernels& table(); }
+namespace avx512_bf16 { const Kernels& table(); }
 namespace amx { const Kernels& table(); }
 #endif
 
 namespace {
 
 #if defined(TK_X86)
-// Leaf 7 subleaf 0, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE. Leaf 7 subleaf 1, EAX: bit 5 AVX512-BF16.
+// Leaf 7 subleaf 1, EAX: bit 5 AVX512-BF16.
+bool cpu_has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+
+// Leaf 7 subleaf 0, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE.
 bool cpu_has_amx_bf16() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  const bool amx = (edx >> 22 & 1) && (edx >> 24 & 1);
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
-  if (!amx || !(eax >> 5 & 1)) return false;
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;
   // Linux hands out the tile state (component 18) per process, on request: ARCH_REQ_XCOMP_PERM.
   constexpr int arch_req_xcomp_perm = 0x1023, xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtiledata) == 0;
@@ -51,7 +56,10 @@ struct Levels {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         tables.push_back(&avx512::table());
-        if (cpu_has_amx_bf16()) tables.push_back(&amx::table());
+        if (cpu_has_avx512_bf16()) {
+          tables.push_back(&avx512_bf16::table());
+          if (cpu_has_amx_bf16()) tables.push_back(&amx::table());
+        }
       }
     }
 #endif

@@ -232,7 +232,7 @@ template <> struct GradBlock<float> {
 
 // ------------------------------------------------------------------------------------------------ bf16 on AMX
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // dQ^T of a group, [Dp][32] with columns in the order of `unpack`, as rows [32][256].
 inline void turn_group(const float* dq, int64_t Dp, float* rows) {
   for (int64_t d = 0; d < Dp; d += 16)

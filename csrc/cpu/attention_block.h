@@ -86,7 +86,7 @@ inline vf exp2_fast(vf t) {
   return t;
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // 2^x for x <= 0 or hardly more, where the result is rounded to bf16: error 1.5e-7 (degree 4 would do for that
 // rounding, but its 3e-6 are too much for lse, which is float). scalef takes floor(x) itself, so x is cut into floor and rest,
 // and the polynomial is minimax on [0, 1] with 2^0 = 1 and 2^1 = 2 exactly: a row's largest score comes out at or a hair below
@@ -145,7 +145,7 @@ template <> struct Probs<float> {
     for (int u = 0; u < kLine / W; ++u) store(row + k + u * W, x[u]);
   }
 };
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <> struct Probs<bf16> {
   using G = Gemm<bf16>;
   static constexpr bool kRounded = true;

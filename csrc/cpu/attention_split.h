@@ -67,7 +67,7 @@ template <> struct Products<float> {
   }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // Whole tiles only: M, N and the depth are multiples of 32. The same chain of sums as Gemm<bf16>::gemm.
 template <> struct Products<bf16> {
   using Mm = Gemm<bf16>;
@@ -78,6 +78,15 @@ template <> struct Products<bf16> {
     for (int64_t d = 0; d < D; d += 32, to += 32 * 32)
       _mm512_store_si512(to, _mm512_maskz_loadu_epi16(D - d < 32 ? (__mmask32)((1u << (D - d)) - 1) : ~0u, src + d));
   }
+#if !defined(__AMX_BF16__)
+  static void scores(const Unit& u, int64_t D, const bf16* q, const bf16* k, float* s) {
+    const int64_t panel = 32 * Mm::padded_k(D);
+    Mm::gemm_panels(u.rows, u.k1 - u.k0, D, q, panel, k + u.k0 / 32 * panel, panel, s + u.k0, kLd, false);
+  }
+  static void values(const Unit& u, int64_t N, int64_t keys, const float*, const bf16* probs, const bf16* v, float* o) {
+    Mm::gemm_panels(u.rows, N, least(u.k1, keys) - u.k0, probs + u.k0 * 32, 32 * kSplit, v + u.k0 * 32, 32 * keys, o, N, false);
+  }
+#else
   // S = Q K^T. A panel of K (8 KiB at D = 128) serves all rows before the next one is fetched; those of Q stay in L1.
   static void scores(const Unit& u, int64_t D, const bf16* q, const bf16* k, float* s) {
     const int64_t Dp = Mm::padded_k(D);
@@ -108,10 +117,10 @@ template <> struct Products<bf16> {
   };
   static void finish(const Store& x) {
     if (!x.c) return;
-    _tile_stored(0, x.c, x.ld * 4);
-    _tile_stored(1, x.c + 16, x.ld * 4);
-    _tile_stored(2, x.c + 16 * x.ld, x.ld * 4);
-    _tile_stored(3, x.c + 16 * x.ld + 16, x.ld * 4);
+    tile_store<0>(x.c, x.ld * 4);
+    tile_store<1>(x.c + 16, x.ld * 4);
+    tile_store<2>(x.c + 16 * x.ld, x.ld * 4);
+    tile_store<3>(x.c + 16 * x.ld + 16, x.ld * 4);
     tile_fence();
   }
   // 32 x 32 results in tiles 0 to 3. Those of the block before are stored one by one between the first products of this one:
@@ -124,45 +133,46 @@ template <> struct Products<bf16> {
     if (last.c) {
       float* below = last.c + 16 * last.ld;
       const int64_t bytes = last.ld * 4;
-      _tile_stored(0, last.c, bytes);
-      _tile_zero(0);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stored(2, below, bytes);
-      _tile_zero(2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_stored(1, last.c + 16, bytes);
-      _tile_zero(1);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_stored(3, below + 16, bytes);
-      _tile_zero(3);
-      _tile_dpbf16ps(3, 5, 7);
+      tile_store<0>(last.c, bytes);
+      tile_zero<0>();
+      tile_dot<0, 4, 6>();
+      tile_store<2>(below, bytes);
+      tile_zero<2>();
+      tile_dot<2, 5, 6>();
+      tile_store<1>(last.c + 16, bytes);
+      tile_zero<1>();
+      tile_dot<1, 4, 7>();
+      tile_store<3>(below + 16, bytes);
+      tile_zero<3>();
+      tile_dot<3, 5, 7>();
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
       multiply();
     }
     for (int64_t i = 1; i < steps; ++i) load<kStream>(a += 2 * kTile, b += 2 * kTile), multiply();
   }
   template <bool kStream> static __attribute__((always_inline)) void load(const bf16* a, const bf16* b) {
-    _tile_loadd(4, a, 64);
+    tile_load<4>(a, 64);
     if constexpr (kStream) {
-      _tile_stream_loadd(6, b, 64);
-      _tile_loadd(5, a + kTile, 64);
-      _tile_stream_loadd(7, b + kTile, 64);
+      tile_stream_load<6>(b, 64);
+      tile_load<5>(a + kTile, 64);
+      tile_stream_load<7>(b + kTile, 64);
     } else {
-      _tile_loadd(6, b, 64);
-      _tile_loadd(5, a + kTile, 64);
-      _tile_loadd(7, b + kTile, 64);
+      tile_load<6>(b, 64);
+      tile_load<5>(a + kTile, 64);
+      tile_load<7>(b + kTile, 64);
     }
   }
   static __attribute__((always_inline)) void multiply() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_dot<0, 4, 6>();
+    tile_dot<2, 5, 6>();
+    tile_dot<1, 4, 7>();
+    tile_dot<3, 5, 7>();
   }
+#endif
 };
 #endif
 

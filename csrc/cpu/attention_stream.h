@@ -165,9 +165,9 @@ template <class St> struct Stream<St, float> {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ bf16 on AMX
+// ------------------------------------------------------------------------------------------------ bf16
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <> struct Stream<bf16, bf16> {
   using Mm = Gemm<bf16>;
   static constexpr int64_t kTile = Mm::kTile;
@@ -178,24 +178,25 @@ template <> struct Stream<bf16, bf16> {
   static int64_t o_size(int64_t rows, int64_t ldo) { return rows * ldo; }
   static int64_t buffer_size(int64_t ldo) { return (kLine * ldo + 4 * kTile) / 2; }  // V of a chunk interleaved, a block of S^T
 
+#if !defined(__AMX_BF16__)
+  struct Setup {
+    explicit Setup(int64_t) {}
+  };
+#else
   // Tiles as large as the rows need while it lives: a product takes as many steps as its left operand has rows, and what
   // each head keeps stays in L1. 0, 1: S^T; 2: Q^T; 3: P; 4, 5: K, or V interleaved; 6, 7: P V.
   struct Setup {
     explicit Setup(int64_t rows) {
       const uint8_t n = (uint8_t)rows, wide = (uint8_t)(4 * rows);
       const uint8_t bytes[8] = {wide, wide, wide, 64, 64, 64, 64, 64}, tall[8] = {16, 16, 16, n, 16, 16, n, n};
-      configure(bytes, tall);
+      configure_tiles(bytes, tall);
     }
     ~Setup() {
       const uint8_t all[8] = {64, 64, 64, 64, 64, 64, 64, 64}, tall[8] = {16, 16, 16, 16, 16, 16, 16, 16};
-      configure(all, tall);
-    }
-    static void configure(const uint8_t* bytes, const uint8_t* tall) {
-      alignas(64) uint8_t config[64] = {1};
-      for (int t = 0; t < 8; ++t) config[16 + 2 * t] = bytes[t], config[48 + t] = tall[t];
-      asm volatile("ldtilecfg %0" ::"m"(config));
+      configure_tiles(all, tall);
     }
   };
+#endif
 
   // [D / 32][16 pairs of d][rows][2]
   static void pack_q(const bf16* q_rows, int64_t rows, int64_t D, bf16* q) {
@@ -203,22 +204,31 @@ template <> struct Stream<bf16, bf16> {
       for (int64_t r = 0; r < rows; ++r, q += 2) memcpy((void*)q, q_rows + r * D + d, 4);
   }
 
+#if !defined(__AMX_BF16__)
+  static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
+    for (int64_t t = 0; t < 2; ++t, k += 16 * stride, s += 16) by_eights(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + 2 * r, rows, s + r * kLd, next); });
+  }
+  static void values(const bf16* v, int64_t stride, int64_t Dv, const float*, const bf16* probs, int64_t rows, int64_t at, int64_t first,
+                     int64_t, float* o, int64_t ldo, float*, Ahead& next) {
+    by_eights(rows, [&]<int R>(int64_t r) { values_of<R>(v, stride, Dv, probs + (at + r) * 32, at > first, o + r * ldo, ldo, next); });
+  }
+#else
   static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
     alignas(64) float block[2][16][16];  // S^T, keys down
     tile_fence();
-    _tile_zero(0);
-    _tile_zero(1);
+    tile_zero<0>();
+    tile_zero<1>();
     for (int64_t d = 0; d < D; d += 32, q += 32 * rows) {
-      _tile_loadd(4, k + d, stride * 2);
+      tile_load<4>(k + d, stride * 2);
       next.step<4>();
-      _tile_loadd(5, k + 16 * stride + d, stride * 2);
+      tile_load<5>(k + 16 * stride + d, stride * 2);
       next.step<4>();
-      _tile_loadd(2, q, rows * 4);
-      _tile_dpbf16ps(0, 4, 2);
-      _tile_dpbf16ps(1, 5, 2);
+      tile_load<2>(q, rows * 4);
+      tile_dot<0, 4, 2>();
+      tile_dot<1, 5, 2>();
     }
-    _tile_stored(0, block[0], 64);
-    _tile_stored(1, block[1], 64);
+    tile_store<0>(block[0], 64);
+    tile_store<1>(block[1], 64);
     for (int64_t r = 0; r < rows; r += 4)
       for (int t = 0; t < 2; ++t) columns(block[t][0] + r, (int)least(4, rows - r), s + r * kLd + t * 16);
   }
@@ -242,31 +252,91 @@ template <> struct Stream<bf16, bf16> {
       }
     }
     tile_fence();
-    _tile_loadd(3, probs + at * Mm::MR, 64);
+    tile_load<3>(probs + at * Mm::MR, 64);
     for (int64_t d = 0; d < Dv; d += 32, b += 2 * kTile) {
       if (at == first) {
-        _tile_zero(6);
-        _tile_zero(7);
+        tile_zero<6>();
+        tile_zero<7>();
       } else {
-        _tile_loadd(6, o + d, ldo * 4);
-        _tile_loadd(7, o + d + 16, ldo * 4);
+        tile_load<6>(o + d, ldo * 4);
+        tile_load<7>(o + d + 16, ldo * 4);
       }
       next.step<2>();
-      _tile_loadd(4, b, 64);
+      tile_load<4>(b, 64);
       next.step<2>();
-      _tile_loadd(5, b + kTile, 64);
-      _tile_dpbf16ps(6, 3, 4);
-      _tile_dpbf16ps(7, 3, 5);
-      _tile_stored(6, o + d, ldo * 4);
-      _tile_stored(7, o + d + 16, ldo * 4);
+      tile_load<5>(b + kTile, 64);
+      tile_dot<6, 3, 4>();
+      tile_dot<7, 3, 5>();
+      tile_store<6>(o + d, ldo * 4);
+      tile_store<7>(o + d + 16, ldo * 4);
     }
   }
+#endif
 
   static void finish(float* o, int64_t rows, int64_t ldo) {
     for (int64_t r = 0; r < rows; ++r) unpacked_columns(o + r * ldo, ldo);
   }
 
  private:
+#if !defined(__AMX_BF16__)
+  template <class F> static void by_eights(int64_t rows, const F& f) {
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = rows - r, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (n == 8) f.template operator()<8>(r);
+      else if (n == 4) f.template operator()<4>(r);
+      else if (n == 2) f.template operator()<2>(r);
+      else f.template operator()<1>(r);
+      r += n;
+    }
+  }
+  // 16 keys, one a lane
+  template <int R>
+  static void scores_of(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
+    __m512 sum[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < D; d += 32, q += 32 * rows) {
+      next.step<4>();
+      vi v[16];
+      const bf16* row = k + d;
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; i += 4, row += 4 * stride)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) memcpy(&v[i + u], row + u * stride, 64);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)v[i], dot_pair(q + 2 * (i * rows + r)));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(s + r * kLd, sum[r]);
+  }
+  template <int R>
+  static void values_of(const bf16* v, int64_t stride, int64_t Dv, const bf16* probs, bool add, float* o, int64_t ldo, Ahead& next) {
+    for (int64_t d = 0; d < Dv; d += 32) {
+      const __mmask32 in = Dv - d >= 32 ? ~0u : (1u << (Dv - d)) - 1;
+      __m512 sum[R][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        for (int h = 0; h < 2; ++h) sum[r][h] = add ? _mm512_loadu_ps(o + r * ldo + d + 16 * h) : _mm512_setzero_ps();
+      const bf16* row = v + d;
+      for (int i = 0; i < 16; ++i, row += 2 * stride) {
+        if (i % 4 == 0) next.step<2>();
+        const __m512i even = _mm512_maskz_loadu_epi16(in, row), odd = _mm512_maskz_loadu_epi16(in, row + stride);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const __m512bh p = dot_pair(probs + r * 32 + 2 * i);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], p, low), sum[r][1] = _mm512_dpbf16_ps(sum[r][1], p, high);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        for (int h = 0; h < 2; ++h) _mm512_storeu_ps(o + r * ldo + d + 16 * h, sum[r][h]);
+    }
+  }
+#else
   // The first `count` <= 4 columns of a [16][16] block, each to a row of scores.
   static void columns(const float* block, int count, float* s) {
     __m512 x[4];  // rows i, i + 4, i + 8, i + 12
@@ -284,6 +354,7 @@ template <> struct Stream<bf16, bf16> {
     if (count > 2) _mm512_storeu_pd(s + 2 * kLd, _mm512_unpacklo_pd(b, d));
     if (count > 3) _mm512_storeu_pd(s + 3 * kLd, _mm512_unpackhi_pd(b, d));
   }
+#endif
 };
 #endif
 

@@ -59,7 +59,7 @@ template <> struct Middle<float> {
   }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <> struct Middle<bf16> {
   using Mm = Gemm<bf16>;
   static constexpr int64_t kRows = 64, kPanel = 32 * kPiece;  // elements of 32 rows

@@ -251,7 +251,7 @@ struct FloatRow {
 };
 // In bfloat16 it goes to its place in a panel of dh's left operand at once (0 beyond cols), and to dy as well for dbias.
 template <class T> struct PackedRow;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <> struct PackedRow<bf16> {
   using G = Gemm<bf16>;
   bf16* packed;

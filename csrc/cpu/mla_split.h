@@ -104,10 +104,10 @@ template <> struct LatentBlock<bf16x3> {
         if (!sees[r / kPanel]) continue;
         products(count, p + r / kPanel * kProbs * 2, v + d / 32 % 2 * kBuffer, now, share, next);
         alignas(64) float sums[32 * 32];
-        _tile_stored(0, sums, 128);
-        _tile_stored(1, sums + 16, 128);
-        _tile_stored(2, sums + 512, 128);
-        _tile_stored(3, sums + 528, 128);
+        tile_store<0>(sums, 128);
+        tile_store<1>(sums + 16, 128);
+        tile_store<2>(sums + 512, 128);
+        tile_store<3>(sums + 528, 128);
         tile_fence();
         add<2>(least(kPanel, rows - r), sums, o + r * ldo + d, ldo, first);
       }
@@ -162,10 +162,10 @@ template <> struct LatentBlock<bf16x3> {
   };
 
   static __attribute__((always_inline)) void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
   }
 
   // S^T of all lines and up to 16 rows, two lines at a time. The planes of a step are split while the step before is multiplied.
@@ -182,37 +182,37 @@ template <> struct LatentBlock<bf16x3> {
         const int64_t then = last ? i + 2 : i;
         now = Split<false>(lines + then, false, most(0, least(2, count - then)), last ? 0 : (t + 1) * 32, planes + (turn ^ 1) * 2 * kStep);
         const auto phase = [&](const bf16* a) __attribute__((always_inline)) {
-          _tile_loadd(5, a, 64);
-          _tile_dpbf16ps(0, 5, 4);
+          tile_load<5>(a, 64);
+          tile_dot<0, 5, 4>();
           now.some(3), next.beat();
-          _tile_loadd(6, a + kTile, 64);
-          _tile_dpbf16ps(1, 6, 4);
+          tile_load<6>(a + kTile, 64);
+          tile_dot<1, 6, 4>();
           now.some(3), next.beat();
-          _tile_loadd(7, a + kStep, 64);
-          _tile_dpbf16ps(2, 7, 4);
+          tile_load<7>(a + kStep, 64);
+          tile_dot<2, 7, 4>();
           now.some(3), next.beat();
-          _tile_loadd(5, a + kStep + kTile, 64);
-          _tile_dpbf16ps(3, 5, 4);
+          tile_load<5>(a + kStep + kTile, 64);
+          tile_dot<3, 5, 4>();
           now.some(2), next.beat();
         };
         tile_fence();
         if (t % kChain == 0) clear();
-        _tile_loadd(4, b + 2 * kPart, 64);
+        tile_load<4>(b + 2 * kPart, 64);
         phase(a);
-        _tile_loadd(4, b + kPart, 64);
+        tile_load<4>(b + kPart, 64);
         phase(a);
         phase(a + kPart);
-        _tile_loadd(4, b, 64);
+        tile_load<4>(b, 64);
         phase(a + kPart);
         phase(a + 2 * kPart);
         phase(a);
         if ((t + 1) % kChain != 0 && !last) continue;
         alignas(64) float sums[2 * kLine * 16];
         float* to = t < kChain ? s : sums;
-        _tile_stored(0, to, 64);
-        _tile_stored(1, to + 256, 64);
-        _tile_stored(2, to + 512, 64);
-        _tile_stored(3, to + 768, 64);
+        tile_store<0>(to, 64);
+        tile_store<1>(to + 256, 64);
+        tile_store<2>(to + 512, 64);
+        tile_store<3>(to + 768, 64);
         tile_fence();
         if (t >= kChain)
           for (int64_t j = 0; j < 2 * kLine * 16; j += 16) store(s + j, load(s + j) + load(sums + j));
@@ -235,39 +235,39 @@ template <> struct LatentBlock<bf16x3> {
         const int64_t then = i + 1 < count ? d : d + 32 * C;
         now = Split<true>(lines + (i + 1 < count ? i + 1 : 0), true, then < end ? C : 0, then, planes + (turn ^ 1) * C * kStep);
         const auto phase = [&](const bf16* b) __attribute__((always_inline)) {
-          _tile_loadd(5, b, 64);
-          _tile_dpbf16ps(0, 4, 5);
+          tile_load<5>(b, 64);
+          tile_dot<0, 4, 5>();
           now.some(3), next.beat();
-          _tile_loadd(6, b + kTile, 64);
-          _tile_dpbf16ps(1, 4, 6);
+          tile_load<6>(b + kTile, 64);
+          tile_dot<1, 4, 6>();
           now.some(3), next.beat();
           if constexpr (C == 2) {
-            _tile_loadd(7, b + kStep, 64);
-            _tile_dpbf16ps(2, 4, 7);
+            tile_load<7>(b + kStep, 64);
+            tile_dot<2, 4, 7>();
             now.some(3), next.beat();
-            _tile_loadd(5, b + kStep + kTile, 64);
-            _tile_dpbf16ps(3, 4, 5);
+            tile_load<5>(b + kStep + kTile, 64);
+            tile_dot<3, 4, 5>();
             now.some(2), next.beat();
           }
         };
         tile_fence();
-        _tile_loadd(4, a, 64);
+        tile_load<4>(a, 64);
         phase(b + 2 * kPart);
         phase(b + kPart);
-        _tile_loadd(4, a + kPart, 64);
+        tile_load<4>(a + kPart, 64);
         phase(b + kPart);
         phase(b);
-        _tile_loadd(4, a + 2 * kPart, 64);
+        tile_load<4>(a + 2 * kPart, 64);
         phase(b);
-        _tile_loadd(4, a, 64);
+        tile_load<4>(a, 64);
         phase(b);
       }
       alignas(64) float sums[16 * 32 * C];
-      _tile_stored(0, sums, 128 * C);
-      _tile_stored(1, sums + 16, 128 * C);
+      tile_store<0>(sums, 128 * C);
+      tile_store<1>(sums + 16, 128 * C);
       if constexpr (C == 2) {
-        _tile_stored(2, sums + 32, 128 * C);
-        _tile_stored(3, sums + 48, 128 * C);
+        tile_store<2>(sums + 32, 128 * C);
+        tile_store<3>(sums + 48, 128 * C);
       }
       tile_fence();
       add<2 * C>(rows, sums, o + d, ldo, first);
@@ -289,18 +289,18 @@ template <> struct LatentBlock<bf16x3> {
     clear();
     for (; steps; --steps, a += kStep, b += kStep) {
       const auto load_a = [&](const bf16* a) __attribute__((always_inline)) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(5, a + kTile, 64);
+        tile_load<4>(a, 64);
+        tile_load<5>(a + kTile, 64);
       };
       const auto load_b = [&](const bf16* b) __attribute__((always_inline)) {
-        _tile_stream_loadd(6, b, 64);  // past L1, where the left operand is
-        _tile_stream_loadd(7, b + kTile, 64);
+        tile_stream_load<6>(b, 64);  // past L1, where the left operand is
+        tile_stream_load<7>(b + kTile, 64);
       };
       const auto multiply = [&]() __attribute__((always_inline)) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+        tile_dot<0, 4, 6>();
+        tile_dot<2, 5, 6>();
+        tile_dot<1, 4, 7>();
+        tile_dot<3, 5, 7>();
       };
       load_a(a), load_b(b + 2 * kPart), multiply();
       load_b(b + kPart), multiply();
@@ -333,10 +333,10 @@ template <> struct LatentBlock<bf16x3> {
           products(least(kChain, steps - t), planes + turn * kBuffer, q + r / kPanel * q_panel + t * kStep, now, share, next);
           alignas(64) float sums[2][kLine * 16];
           float* to = s + r / 16 * kHalf + i * kLine * 16;
-          _tile_stored(0, sums[0], 64);
-          _tile_stored(2, sums[0] + 256, 64);
-          _tile_stored(1, sums[1], 64);
-          _tile_stored(3, sums[1] + 256, 64);
+          tile_store<0>(sums[0], 64);
+          tile_store<2>(sums[0] + 256, 64);
+          tile_store<1>(sums[1], 64);
+          tile_store<3>(sums[1] + 256, 64);
           tile_fence();
           add<1>(kLine, sums[0], to, 16, t == 0);
           add<1>(kLine, sums[1], to + kHalf, 16, t == 0);

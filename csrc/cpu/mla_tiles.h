@@ -1,4 +1,4 @@
-// mla_block.h's block of keys in bf16 on AMX.
+// mla_block.h's block of keys in bf16, on AMX tiles or (simd/dots.h) vectors.
 //
 // Layouts, a tile 16 x 32 bf16:  queries as Gemm<bf16>::pack_b lays them; probabilities of half a panel [lines][16 rows][32 keys];
 // 32 columns of values of a line [2 tiles][16 pairs of keys][16 columns][2], the columns in the order of Packing below
@@ -8,7 +8,7 @@
 
 namespace tk::TK_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   using Value = bf16;
   using Mm = Gemm<bf16>;
@@ -58,8 +58,8 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     bf16* v = (bf16*)work;
     if (rows <= kFew) {
       int64_t d = sees[0] ? 0 : Dv;
-      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
-      for (; d < Dv; d += 32) few_rows<1>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, rows, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d < Dv; d += 32) few_rows<1>(lines, count, rows, d, (const bf16*)probs, v, o + d, ldo, first, next);
       return tile_fence();
     }
     int64_t panels = 0;
@@ -109,24 +109,25 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   // multiplied, into 8 KiB that go round. With more of them, or with the lines after it fetched into L1, this took half again as
   // long: latents lie 1152 bytes apart and share a few sets of L1.
   template <int C, class Next>
-  static void few_rows(const Line<bf16>* lines, int64_t count, int64_t d, const bf16* probs, bf16* v, float* o, int64_t ldo, bool first,
-                       Next& next) {
+  static void few_rows(const Line<bf16>* lines, int64_t count, [[maybe_unused]] int64_t rows, int64_t d, const bf16* probs, bf16* v,
+                       float* o, int64_t ldo, bool first, Next& next) {
+#if defined(__AMX_BF16__)
     constexpr int64_t kRing = 2, kAhead = 1, kSize = C * 2 * kTile;
     const int64_t bytes = ldo * 4;
     tile_fence();
     if (first) {
-      _tile_zero(0);
-      _tile_zero(1);
+      tile_zero<0>();
+      tile_zero<1>();
       if constexpr (C == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
+        tile_zero<2>();
+        tile_zero<3>();
       }
     } else {
-      _tile_loadd(0, o, bytes);
-      _tile_loadd(1, o + 16, bytes);
+      tile_load<0>(o, bytes);
+      tile_load<1>(o + 16, bytes);
       if constexpr (C == 2) {
-        _tile_loadd(2, o + 32, bytes);
-        _tile_loadd(3, o + 48, bytes);
+        tile_load<2>(o + 32, bytes);
+        tile_load<3>(o + 48, bytes);
       }
     }
     for (int64_t i = 0; i < count + kAhead; ++i) {
@@ -134,24 +135,31 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
       if (i < kAhead) continue;
       tile_fence();
       const bf16* x = v + (i - kAhead) % kRing * kSize;
-      _tile_loadd(4, probs + (i - kAhead) * kTile, 64);
-      _tile_loadd(6, x, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, x + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      tile_load<4>(probs + (i - kAhead) * kTile, 64);
+      tile_load<6>(x, 64);
+      tile_dot<0, 4, 6>();
+      tile_load<7>(x + kTile, 64);
+      tile_dot<1, 4, 7>();
       if constexpr (C == 2) {
-        _tile_loadd(5, x + 2 * kTile, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, x + 3 * kTile, 64);
-        _tile_dpbf16ps(3, 4, 6);
+        tile_load<5>(x + 2 * kTile, 64);
+        tile_dot<2, 4, 5>();
+        tile_load<6>(x + 3 * kTile, 64);
+        tile_dot<3, 4, 6>();
       }
     }
-    _tile_stored(0, o, bytes);
-    _tile_stored(1, o + 16, bytes);
+    tile_store<0>(o, bytes);
+    tile_store<1>(o + 16, bytes);
     if constexpr (C == 2) {
-      _tile_stored(2, o + 32, bytes);
-      _tile_stored(3, o + 48, bytes);
+      tile_store<2>(o + 32, bytes);
+      tile_store<3>(o + 48, bytes);
     }
+#else
+    for (int64_t i = 0; i < count; ++i) {
+      pack_line<C>(lines[i], d, v, next);
+      for (int c = 0; c < C; ++c)
+        dot_block<2, 32>({probs + i * kTile, 32, 0, v + c * 2 * kTile, 0, o + 32 * c, ldo, 16}, rows, 1, !first || i > 0, [] {});
+    }
+#endif
   }
   // 32 C columns of a line of keys, each 32 as Packing lays them.
   template <int C, class Next> static void pack_line(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
@@ -170,34 +178,41 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
 
   // S^T of kLine keys and N halves of a panel of rows.
   template <int N, class Next> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s, Next& next) {
+#if defined(__AMX_BF16__)
     const bf16 *a = line.at, *below = a + 16 * line.step;
     const int64_t bytes = line.step * 2;
     tile_fence();
-    _tile_zero(0);
-    _tile_zero(2);
+    tile_zero<0>();
+    tile_zero<2>();
     if constexpr (N == 2) {
-      _tile_zero(1);
-      _tile_zero(3);
+      tile_zero<1>();
+      tile_zero<3>();
     }
     for (; steps; --steps, a += 32, below += 32, q += 2 * kTile) {
       next.beat();
-      _tile_stream_loadd(4, a, bytes);  // past L1, where the queries stay
-      _tile_loadd(6, q, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stream_loadd(5, below, bytes);
-      _tile_dpbf16ps(2, 5, 6);
+      tile_stream_load<4>(a, bytes);  // past L1, where the queries stay
+      tile_load<6>(q, 64);
+      tile_dot<0, 4, 6>();
+      tile_stream_load<5>(below, bytes);
+      tile_dot<2, 5, 6>();
       if constexpr (N == 2) {
-        _tile_loadd(7, q + kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+        tile_load<7>(q + kTile, 64);
+        tile_dot<1, 4, 7>();
+        tile_dot<3, 5, 7>();
       }
     }
-    _tile_stored(0, s, 64);
-    _tile_stored(2, s + 256, 64);
+    tile_store<0>(s, 64);
+    tile_store<2>(s + 256, 64);
     if constexpr (N == 2) {
-      _tile_stored(1, s + kHalf, 64);
-      _tile_stored(3, s + kHalf + 256, 64);
+      tile_store<1>(s + kHalf, 64);
+      tile_store<3>(s + kHalf + 256, 64);
     }
+#else
+    int64_t turn = 0;
+    dot_block<N, 0>({line.at, line.step, 32, q, 2 * kTile, s, 16, kHalf}, kLine, steps, false, [&] {
+      if (turn++ % (N + 1) == 0) next.beat();  // rows go in two groups (N = 1) or three
+    });
+#endif
   }
 
   static void softmax(const Transform& f, float* s, int64_t keys, const int32_t* limit, float* m, float* l, float* shrink, bf16* probs) {
@@ -221,45 +236,53 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   template <int N, class Next>
   static void add_values(int64_t count, const bf16* probs, const bf16* v, float* o, int64_t ldo, bool first,
                          Packing& pack, int64_t share, Next& next) {
+#if defined(__AMX_BF16__)
     const int64_t bytes = ldo * 4;
     float* below = o + 16 * ldo;
     tile_fence();
     if (first) {
-      _tile_zero(0);
-      _tile_zero(1);
+      tile_zero<0>();
+      tile_zero<1>();
       if constexpr (N == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
+        tile_zero<2>();
+        tile_zero<3>();
       }
     } else {
-      _tile_loadd(0, o, bytes);
-      _tile_loadd(1, o + 16, bytes);
+      tile_load<0>(o, bytes);
+      tile_load<1>(o + 16, bytes);
       if constexpr (N == 2) {
-        _tile_loadd(2, below, bytes);
-        _tile_loadd(3, below + 16, bytes);
+        tile_load<2>(below, bytes);
+        tile_load<3>(below + 16, bytes);
       }
     }
     for (; count; --count, probs += kTile, v += 2 * kTile) {
       next.beat();
-      _tile_stream_loadd(4, probs, 64);  // past L1, where the values stay
-      _tile_loadd(6, v, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, v + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      tile_stream_load<4>(probs, 64);  // past L1, where the values stay
+      tile_load<6>(v, 64);
+      tile_dot<0, 4, 6>();
+      tile_load<7>(v + kTile, 64);
+      tile_dot<1, 4, 7>();
       if constexpr (N == 2) {
-        _tile_stream_loadd(5, probs + kHalfProbs, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        tile_stream_load<5>(probs + kHalfProbs, 64);
+        tile_dot<2, 5, 6>();
+        tile_dot<3, 5, 7>();
       }
       pack.some(share);
       tile_fence();
     }
-    _tile_stored(0, o, bytes);
-    _tile_stored(1, o + 16, bytes);
+    tile_store<0>(o, bytes);
+    tile_store<1>(o + 16, bytes);
     if constexpr (N == 2) {
-      _tile_stored(2, below, bytes);
-      _tile_stored(3, below + 16, bytes);
+      tile_store<2>(below, bytes);
+      tile_store<3>(below + 16, bytes);
     }
+#else
+    int64_t turn = 0;
+    for (int h = 0; h < N; ++h)
+      dot_block<2, 32>({probs + h * kHalfProbs, 32, kTile, v, 2 * kTile, o + h * 16 * ldo, ldo, 16}, 16, count, !first, [&] {
+        if (turn++ % (2 * N) == 0) next.beat(), pack.some(share);  // each half in two groups
+      });
+#endif
   }
 };
 #endif

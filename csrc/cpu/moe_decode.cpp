@@ -48,8 +48,8 @@ template <class S> class Fetch {
 void multiply(const Block<bf16>& w, int64_t stride, int64_t K, const bf16* tokens, float* sums, Fetch<bf16> fetch) {
   alignas(64) bf16 tail[2][512];  // rows that end within the last step, or are too few for a tile
   tile_fence();
-  _tile_zero(0);
-  _tile_zero(1);
+  tile_zero<0>();
+  tile_zero<1>();
   for (int64_t k = 0; k < K; k += 32, tokens += 1024) {
     fetch.step();
     const bf16* rows[2] = {w.rows[0] + k, w.rows[1] + k};
@@ -62,14 +62,14 @@ void multiply(const Block<bf16>& w, int64_t stride, int64_t K, const bf16* token
         rows[i] = tail[i], step[i] = 32;
       }
     tile_fence();
-    _tile_loadd(4, rows[0], step[0] * 2);
-    _tile_loadd(5, rows[1], step[1] * 2);
-    _tile_loadd(6, tokens, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
+    tile_load<4>(rows[0], step[0] * 2);
+    tile_load<5>(rows[1], step[1] * 2);
+    tile_load<6>(tokens, 64);
+    tile_dot<0, 4, 6>();
+    tile_dot<1, 5, 6>();
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
+  tile_store<0>(sums, 64);
+  tile_store<1>(sums + 256, 64);
   tile_fence();
 }
 
@@ -90,38 +90,38 @@ void multiply(const Block<S>& w, int64_t stride, int64_t K, const bf16x3* packed
   };
   make(0);
   for (int64_t k0 = 0; k0 < K; k0 += G::KB) {
-    _tile_zero(0);
-    _tile_zero(1);
+    tile_zero<0>();
+    tile_zero<1>();
     for (int64_t k = k0; k < least(K, k0 + G::KB); k += 32, tokens += G::kStep) {
       tile_fence();
-      _tile_loadd(4, tokens, 64);
-      _tile_loadd(5, tokens + G::kPart, 64);
-      _tile_loadd(6, tokens + 2 * G::kPart, 64);
+      tile_load<4>(tokens, 64);
+      tile_load<5>(tokens + G::kPart, 64);
+      tile_load<6>(tokens + 2 * G::kPart, 64);
       const bf16 *a = split[k / 32 & 1][0], *b = split[k / 32 & 1][1];
-      _tile_loadd(2, a + 1024, 64);
-      _tile_loadd(3, b + 1024, 64);
-      _tile_dpbf16ps(0, 2, 4);
-      _tile_dpbf16ps(1, 3, 4);
-      _tile_loadd(2, a + 512, 64);
-      _tile_loadd(3, b + 512, 64);
-      _tile_dpbf16ps(0, 2, 4);
-      _tile_dpbf16ps(1, 3, 4);
-      _tile_dpbf16ps(0, 2, 5);
-      _tile_dpbf16ps(1, 3, 5);
-      _tile_loadd(2, a, 64);
-      _tile_loadd(3, b, 64);
-      _tile_dpbf16ps(0, 2, 5);
-      _tile_dpbf16ps(1, 3, 5);
-      _tile_dpbf16ps(0, 2, 6);
-      _tile_dpbf16ps(1, 3, 6);
-      _tile_dpbf16ps(0, 2, 4);
-      _tile_dpbf16ps(1, 3, 4);
+      tile_load<2>(a + 1024, 64);
+      tile_load<3>(b + 1024, 64);
+      tile_dot<0, 2, 4>();
+      tile_dot<1, 3, 4>();
+      tile_load<2>(a + 512, 64);
+      tile_load<3>(b + 512, 64);
+      tile_dot<0, 2, 4>();
+      tile_dot<1, 3, 4>();
+      tile_dot<0, 2, 5>();
+      tile_dot<1, 3, 5>();
+      tile_load<2>(a, 64);
+      tile_load<3>(b, 64);
+      tile_dot<0, 2, 5>();
+      tile_dot<1, 3, 5>();
+      tile_dot<0, 2, 6>();
+      tile_dot<1, 3, 6>();
+      tile_dot<0, 2, 4>();
+      tile_dot<1, 3, 4>();
       fetch.step();
       if (k + 32 < K) make(k + 32);
     }
     float* to = k0 ? block : sums;
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + 256, 64);
+    tile_store<0>(to, 64);
+    tile_store<1>(to + 256, 64);
     tile_fence();
     for (int i = 0; k0 && i < 512; i += W) store(sums + i, load(sums + i) + load(block + i));
   }

@@ -83,7 +83,7 @@ void pack_gathered(const S* rows, int64_t stride, const int32_t* order, int64_t 
   using G = Gemm<T>;
   for (int64_t i = 0; i < count; i += G::MR, dst += G::MR * G::padded_k(K)) {
     const int64_t left = least(G::MR, count - i);
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     if constexpr (same<T, bf16> && same<S, bf16>) {
       if (!scale) {
         for (int64_t r = 0; r < G::MR; ++r) {

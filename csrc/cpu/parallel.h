@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "simd/amx.h"
+#include "simd/tiles.h"
 
 namespace tk::TK_ISA {
 

@@ -49,7 +49,7 @@ inline void put_left(const vf* a, float* to) {
 inline void pair_product(int64_t m, int64_t n, const float* a, const float* b, float* c, bool add) {
   Gemm<float>::gemm_rows(m, n, 2 * W, a, 2 * W, b, c, kSumColumns, add);
 }
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 inline void put_pairs(const vf* a, const vf* b, int64_t n, bf16* pairs) {
   for (int64_t u = 0; u < n; ++u) store_pair(pairs + u * 2 * W, a[u], b[u]);
 }

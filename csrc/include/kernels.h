@@ -16,7 +16,7 @@
 namespace tk {
 
 struct Kernels {
-  const char* level = nullptr;  // "baseline", "avx2", "avx512" or "amx"
+  const char* level = nullptr;  // "baseline", "avx2", "avx512", "avx512_bf16" or "amx"
   void (*attention_forward)(const AttentionForwardParams&) = nullptr;
   void (*attention_backward)(const AttentionBackwardParams&) = nullptr;
   void (*attention_decode)(const AttentionDecodeParams&) = nullptr;

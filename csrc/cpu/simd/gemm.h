@@ -33,7 +33,7 @@
 // What pads M and N never mixes with real rows and columns, so a NaN stays in its row.
 #pragma once
 
-#include "amx.h"
+#include "dots.h"
 
 namespace tk::TK_ISA {
 
@@ -188,16 +188,20 @@ template <> struct Gemm<float> {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ bf16 on AMX
+// ------------------------------------------------------------------------------------------------ bf16
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 template <> struct Gemm<bf16> {
   using Type = bf16;
   static constexpr int MR = 32, NR = 32, KU = 32, KB = 512;
   // K is cut into blocks of about KB, whose A panel (32 KiB) stays in L1 while B streams past it from L2: a step of four tile
   // products takes 64 cycles and two lines a tile row, 96 where both come from L2. A cut costs a pass over C through L2.
+#if defined(__AMX_BF16__)
   static constexpr int64_t kDeepest = 576;
+#else
+  static constexpr int64_t kDeepest = 192;  // both operands' panels stay in L1, which three groups of rows go through
+#endif
   static constexpr int kFar = 16;                            // rows
   static constexpr int kTile = 512;                          // elements of one tile, 1 KiB
 
@@ -310,7 +314,7 @@ template <> struct Gemm<bf16> {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
             if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step, nullptr);
-            else tiles_1x2(steps, a, b, edge, NR, add);
+            else tiles_1x2(steps, rows, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
         }
@@ -347,6 +351,7 @@ template <> struct Gemm<bf16> {
       for (int c = 0; c < cols; c += W) store_n(dst + r * dst_stride + c, load_n(src + r * src_stride + c, cols - c), cols - c);
   }
 
+#if defined(__AMX_BF16__)
   // below: the tile of C behind this one, fetched into L2 meanwhile where it is not null.
   template <bool kStream>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
@@ -356,15 +361,15 @@ template <> struct Gemm<bf16> {
     const int64_t bytes = ldc * 4;
     float* half = c + 16 * ldc;
     if (add) {
-      _tile_loadd(0, c, bytes);
-      _tile_loadd(1, c + 16, bytes);
-      _tile_loadd(2, half, bytes);
-      _tile_loadd(3, half + 16, bytes);
+      tile_load<0>(c, bytes);
+      tile_load<1>(c + 16, bytes);
+      tile_load<2>(half, bytes);
+      tile_load<3>(half + 16, bytes);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
     }
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
@@ -372,42 +377,55 @@ template <> struct Gemm<bf16> {
         _mm_prefetch((const char*)below, _MM_HINT_T1);
         _mm_prefetch((const char*)(below + 16), _MM_HINT_T1);
       }
-      _tile_loadd(4, a, 64);
-      if (kStream) _tile_stream_loadd(6, b, 64);
-      else _tile_loadd(6, b, 64);
-      _tile_loadd(5, a + kTile, 64);
-      if (kStream) _tile_stream_loadd(7, b + kTile, 64);
-      else _tile_loadd(7, b + kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      tile_load<4>(a, 64);
+      if (kStream) tile_stream_load<6>(b, 64);
+      else tile_load<6>(b, 64);
+      tile_load<5>(a + kTile, 64);
+      if (kStream) tile_stream_load<7>(b + kTile, 64);
+      else tile_load<7>(b + kTile, 64);
+      tile_dot<0, 4, 6>();
+      tile_dot<2, 5, 6>();
+      tile_dot<1, 4, 7>();
+      tile_dot<3, 5, 7>();
     }
-    _tile_stored(0, c, bytes);
-    _tile_stored(1, c + 16, bytes);
-    _tile_stored(2, half, bytes);
-    _tile_stored(3, half + 16, bytes);
+    tile_store<0>(c, bytes);
+    tile_store<1>(c + 16, bytes);
+    tile_store<2>(half, bytes);
+    tile_store<3>(half + 16, bytes);
   }
-  static void tiles_1x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+  static void tiles_1x2(int64_t steps, int, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
     tile_fence();
     const int64_t bytes = ldc * 4;
     if (add) {
-      _tile_loadd(0, c, bytes);
-      _tile_loadd(1, c + 16, bytes);
+      tile_load<0>(c, bytes);
+      tile_load<1>(c + 16, bytes);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
+      tile_zero<0>();
+      tile_zero<1>();
     }
     for (; steps; --steps, a += 2 * kTile, b += 2 * kTile) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+      tile_load<4>(a, 64);
+      tile_load<6>(b, 64);
+      tile_load<7>(b + kTile, 64);
+      tile_dot<0, 4, 6>();
+      tile_dot<1, 4, 7>();
     }
-    _tile_stored(0, c, bytes);
-    _tile_stored(1, c + 16, bytes);
+    tile_store<0>(c, bytes);
+    tile_store<1>(c + 16, bytes);
   }
+#else
+  template <bool>
+  static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
+                        int per_step, const float*) {
+    const int lines = (per_step + 2) / 3;  // 32 rows are three groups
+    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, 32, steps, add, [&] {
+      for (int i = 0; i < lines; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
+    });
+  }
+  static void tiles_1x2(int64_t steps, int rows, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
+    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, rows, steps, add, [] {});
+  }
+#endif
 };
 
 template <class S> struct ComputeOf { using type = float; };

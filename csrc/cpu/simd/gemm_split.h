@@ -182,18 +182,18 @@ template <> struct Gemm<bf16x3> {
   }
 
   __attribute__((always_inline)) static void load_a(const bf16* a) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(5, a + kTile, 64);
+    tile_load<4>(a, 64);
+    tile_load<5>(a + kTile, 64);
   }
   __attribute__((always_inline)) static void load_b(const bf16* b) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + kTile, 64);
+    tile_load<6>(b, 64);
+    tile_load<7>(b + kTile, 64);
   }
   __attribute__((always_inline)) static void multiply() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_dot<0, 4, 6>();
+    tile_dot<2, 5, 6>();
+    tile_dot<1, 4, 7>();
+    tile_dot<3, 5, 7>();
   }
 
   template <int Direction, bool kHighsLast>
@@ -201,10 +201,10 @@ template <> struct Gemm<bf16x3> {
     tile_fence();
     const int64_t bytes = ldc * 4;
     float* half = c + 16 * ldc;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
     const bf16 *const a_first = a, *const b_first = b;
     for (int64_t left = steps; left; --left, a += Direction * kStep, b += Direction * kStep) {
       for (int i = 0; i < per_step; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
@@ -218,10 +218,10 @@ template <> struct Gemm<bf16x3> {
     }
     if constexpr (kHighsLast)
       for (a = a_first, b = b_first; steps; --steps, a += Direction * kStep, b += Direction * kStep) load_a(a), load_b(b), multiply();
-    _tile_stored(0, c, bytes);
-    _tile_stored(1, c + 16, bytes);
-    _tile_stored(2, half, bytes);
-    _tile_stored(3, half + 16, bytes);
+    tile_store<0>(c, bytes);
+    tile_store<1>(c + 16, bytes);
+    tile_store<2>(half, bytes);
+    tile_store<3>(half + 16, bytes);
     tile_fence();
   }
 };

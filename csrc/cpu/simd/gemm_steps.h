@@ -57,14 +57,14 @@ template <> class GemmSteps<bf16> {
     for (int64_t i = 0; i < lines_; ++i, ahead_ += 32) _mm_prefetch((const char*)ahead_, _MM_HINT_T1);
     const bf16 *a = a_, *b = b_;
     a_ += 2 * G::kTile, b_ += 2 * G::kTile;
-    _tile_loadd(4, a, 64);
-    _tile_stream_loadd(6, b, 64);
-    _tile_loadd(5, a + G::kTile, 64);
-    _tile_stream_loadd(7, b + G::kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_load<4>(a, 64);
+    tile_stream_load<6>(b, 64);
+    tile_load<5>(a + G::kTile, 64);
+    tile_stream_load<7>(b + G::kTile, 64);
+    tile_dot<0, 4, 6>();
+    tile_dot<2, 5, 6>();
+    tile_dot<1, 4, 7>();
+    tile_dot<3, 5, 7>();
     if (__builtin_expect(--left_ == 0, 0)) close();
     return true;
   }
@@ -91,24 +91,24 @@ template <> class GemmSteps<bf16> {
     left_ = least(block_, depth_ - k_) / G::KU;
     a_ = A_ + m_ * depth_ + k_ * G::MR, b_ = B_ + n_ * depth_ + k_ * G::NR;
     if (k_ == 0) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
       return;
     }
     const float* c = C_ + m_ * ldc_ + n_;
-    _tile_loadd(0, c, ldc_ * 4);
-    _tile_loadd(1, c + 16, ldc_ * 4);
-    _tile_loadd(2, c + 16 * ldc_, ldc_ * 4);
-    _tile_loadd(3, c + 16 * ldc_ + 16, ldc_ * 4);
+    tile_load<0>(c, ldc_ * 4);
+    tile_load<1>(c + 16, ldc_ * 4);
+    tile_load<2>(c + 16 * ldc_, ldc_ * 4);
+    tile_load<3>(c + 16 * ldc_ + 16, ldc_ * 4);
   }
   __attribute__((always_inline)) void close() {
     float* c = C_ + m_ * ldc_ + n_;
-    _tile_stored(0, c, ldc_ * 4);
-    _tile_stored(1, c + 16, ldc_ * 4);
-    _tile_stored(2, c + 16 * ldc_, ldc_ * 4);
-    _tile_stored(3, c + 16 * ldc_ + 16, ldc_ * 4);
+    tile_store<0>(c, ldc_ * 4);
+    tile_store<1>(c + 16, ldc_ * 4);
+    tile_store<2>(c + 16 * ldc_, ldc_ * 4);
+    tile_store<3>(c + 16 * ldc_ + 16, ldc_ * 4);
     tile_fence();
     if ((n_ += G::NR) == cols_) {
       n_ = 0;
