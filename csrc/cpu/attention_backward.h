@@ -80,12 +80,15 @@ template <class T> struct Grad {
     }
     return fma(s, c, -l);
   }
+  vf probability(vf s, vf l, vf rest, vf* slope) const {
+    const vf t = exponent(s, l, slope);
+    return natural ? exp(t - rest) : exp2_fast(t);
+  }
   // gate, if there is one, is multiplied onto p (rather than into lse, which would be rounded once more); dlse, if there is
   // one, knows nothing of it, and joins after dp - dot, which may cancel.
   void operator()(vf s, vf dp, vf l, vf rest, vf dot, const vf* dlse, const vf* gate, vf* p, vf* ds) const {
     vf slope;
-    const vf t = exponent(s, l, &slope);
-    *p = natural ? exp(t - rest) : exp2_fast(t);
+    *p = probability(s, l, rest, &slope);
     const vf plain_p = *p;
     if (gate) *p = *p * *gate;
     *ds = *p * (dp - dot);
@@ -210,11 +213,16 @@ template <> struct GradBlock<float> {
     const int64_t j0 = o.first_key + k0;
     const bool whole = o.seen.core_lo[g] <= j0 && j0 + rows <= o.seen.core_hi[g];
     for (int64_t q = g * kGroup; q < (g + 1) * kGroup; q += W) {
-      const vf logit = load(o.logit + q), rest = load(o.rest + q), dot = load(o.dot + q);
+      const vf logit = load(o.logit + q), rest = load(o.rest + q);
+      vf dot = load(o.dot + q);
       const vf dlse = o.dlse ? load(o.dlse + q) : zero(), gate = o.gate ? load(o.gate + q) : zero();
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
+      // A row all of whose keys are here takes <dO, O> = gate Σ p dP / Σ p from these very products: of few keys dP - <dO, O> is
+      // small, and the roundings of dP cancel as well then, which those of O do not.
+      const vi few = (lo >= splat((int32_t)j0)) & (hi <= splat((int32_t)(j0 + rows))) & (hi - lo > (o.gate ? 0 : 1));
+      if (any(few)) dot = dot_here(grad, o, q, j0, rows, dp, logit, rest, gate, lo, hi, few, dot);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
         grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, rest, dot, o.dlse ? &dlse : nullptr, o.gate ? &gate : nullptr,
@@ -227,6 +235,20 @@ template <> struct GradBlock<float> {
         store(dp + r * kLdq + q, d);
       }
     }
+  }
+  vf dot_here(const Grad<float>& grad, const BlockOperands<float>& o, int64_t q, int64_t j0, int64_t rows, const float* dp, vf logit,
+              vf rest, vf gate, vi lo, vi hi, vi few, vf dot) const {
+    vf sum = zero(), weighted = zero();
+    for (int64_t r = 0; r < rows; ++r) {
+      vf slope;
+      const vi j = splat((int32_t)(j0 + r));
+      const vf p = select((lo <= j) & (j < hi), grad.probability(load(s + r * kLdq + q), logit, rest, &slope), zero());
+      sum += p;
+      weighted = fma(p, load(dp + r * kLdq + q), weighted);
+    }
+    const vf mean = weighted / sum;
+    few &= abs(sum - 1.0f) < 1e-3f;  // else lse is of more keys than these
+    return select(few, o.gate ? mean * gate : mean, dot);
   }
 };
 

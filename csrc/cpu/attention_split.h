@@ -84,7 +84,7 @@ template <> struct Products<bf16> {
     Mm::gemm_panels(u.rows, u.k1 - u.k0, D, q, panel, k + u.k0 / 32 * panel, panel, s + u.k0, kLd, false);
   }
   static void values(const Unit& u, int64_t N, int64_t keys, const float*, const bf16* probs, const bf16* v, float* o) {
-    Mm::gemm_panels(u.rows, N, least(u.k1, keys) - u.k0, probs + u.k0 * 32, 32 * kSplit, v + u.k0 * 32, 32 * keys, o, N, false);
+    Mm::gemm_panels<true>(u.rows, N, least(u.k1, keys) - u.k0, probs + u.k0 * 32, 32 * kSplit, v + u.k0 * 32, 32 * keys, o, N, false);
   }
 #else
   // S = Q K^T. A panel of K (8 KiB at D = 128) serves all rows before the next one is fetched; those of Q stay in L1.

@@ -206,7 +206,8 @@ template <> struct Stream<bf16, bf16> {
 
 #if !defined(__AMX_BF16__)
   static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
-    for (int64_t t = 0; t < 2; ++t, k += 16 * stride, s += 16) by_eights(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + 2 * r, rows, s + r * kLd, next); });
+    for (int64_t t = 0; t < 2; ++t, k += 16 * stride, s += 16)
+      by_eights(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + 2 * r, rows, s + r * kLd, next); });
   }
   static void values(const bf16* v, int64_t stride, int64_t Dv, const float*, const bf16* probs, int64_t rows, int64_t at, int64_t first,
                      int64_t, float* o, int64_t ldo, float*, Ahead& next) {
@@ -292,25 +293,30 @@ template <> struct Stream<bf16, bf16> {
   // 16 keys, one a lane
   template <int R>
   static void scores_of(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
-    __m512 sum[R];
+    for (int64_t first = 0; first < D; first += Mm::KB) {
+      __m512 sum[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < D; d += 32, q += 32 * rows) {
-      next.step<4>();
-      vi v[16];
-      const bf16* row = k + d;
+      for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
+      for (int64_t d = first; d < least(D, first + Mm::KB); d += 32, q += 32 * rows) {
+        next.step<4>();
+        vi v[16];
+        const bf16* row = k + d;
 #pragma GCC unroll 4
-      for (int i = 0; i < 16; i += 4, row += 4 * stride)
+        for (int i = 0; i < 16; i += 4, row += 4 * stride)
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) memcpy(&v[i + u], row + u * stride, 64);
-      transpose(v);
+          for (int u = 0; u < 4; ++u) memcpy(&v[i + u], row + u * stride, 64);
+        transpose(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
+        for (int i = 0; i < 16; ++i)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)v[i], dot_pair(q + 2 * (i * rows + r)));
+          for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)v[i], dot_pair(q + 2 * (i * rows + r)));
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* to = s + r * kLd;
+        _mm512_storeu_ps(to, first ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r]) : sum[r]);
+      }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) _mm512_storeu_ps(s + r * kLd, sum[r]);
   }
   template <int R>
   static void values_of(const bf16* v, int64_t stride, int64_t Dv, const bf16* probs, bool add, float* o, int64_t ldo, Ahead& next) {

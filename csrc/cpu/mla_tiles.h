@@ -18,6 +18,7 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   static constexpr int64_t kHalf = kKeys * 16;       // floats of the scores of half a panel, [keys, 16 rows]
   static constexpr int64_t kHalfProbs = kKeys * 16;  // elements, [lines, 16 rows, 32 keys]
   static constexpr int64_t kColumns = kKeys * 32;    // elements of 32 columns of values
+  static constexpr int64_t kChain = 6;               // steps of 32 values of D, without AMX
   static constexpr int64_t kFew = 16;                // rows whose values are packed a line of keys at a time
 
   static int64_t width(int64_t D) { return round_up(D, 32); }
@@ -157,7 +158,7 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     for (int64_t i = 0; i < count; ++i) {
       pack_line<C>(lines[i], d, v, next);
       for (int c = 0; c < C; ++c)
-        dot_block<2, 32>({probs + i * kTile, 32, 0, v + c * 2 * kTile, 0, o + 32 * c, ldo, 16}, rows, 1, !first || i > 0, [] {});
+        dot_block<2, 32>({probs + i * kTile, 32, 0, v + c * 2 * kTile, 0, o + 32 * c, ldo, 16}, rows, 1, first && i == 0 ? Join::none : Join::chain, [] {});
     }
 #endif
   }
@@ -209,9 +210,11 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     }
 #else
     int64_t turn = 0;
-    dot_block<N, 0>({line.at, line.step, 32, q, 2 * kTile, s, 16, kHalf}, kLine, steps, false, [&] {
-      if (turn++ % (N + 1) == 0) next.beat();  // rows go in two groups (N = 1) or three
-    });
+    for (int64_t i = 0; i < steps; i += kChain)
+      dot_block<N, 0>({line.at + i * 32, line.step, 32, q + i * 2 * kTile, 2 * kTile, s, 16, kHalf}, kLine, least(kChain, steps - i),
+                      i ? Join::sum : Join::none, [&] {
+                        if (turn++ % (N + 1) == 0) next.beat();  // rows go in two groups (N = 1) or three
+                      });
 #endif
   }
 
@@ -279,7 +282,7 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
 #else
     int64_t turn = 0;
     for (int h = 0; h < N; ++h)
-      dot_block<2, 32>({probs + h * kHalfProbs, 32, kTile, v, 2 * kTile, o + h * 16 * ldo, ldo, 16}, 16, count, !first, [&] {
+      dot_block<2, 32>({probs + h * kHalfProbs, 32, kTile, v, 2 * kTile, o + h * 16 * ldo, ldo, 16}, 16, count, first ? Join::none : Join::chain, [&] {
         if (turn++ % (2 * N) == 0) next.beat(), pack.some(share);  // each half in two groups
       });
 #endif

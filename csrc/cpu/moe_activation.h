@@ -7,7 +7,7 @@
 #pragma once
 
 #include "moe.h"
-#include "simd/vec.h"
+#include "simd/gemm.h"
 
 namespace tk::TK_ISA {
 
@@ -79,6 +79,77 @@ inline void interleave(vf a, vf b, vf* x, vf* y) {
   for (int i = 0; i < W; ++i) low[i] = i / 2 + (i & 1) * W, high[i] = W / 2 + i / 2 + (i & 1) * W;
   *x = __builtin_shuffle(a, b, low);
   *y = __builtin_shuffle(a, b, high);
+}
+
+// z as it is kept: rounding must not carry a value across the limit, where the gradient jumps. Values beyond it stay beyond.
+template <class S> struct Kept {
+  vf limit, low, high;  // the greatest S that is not above the limit, and the next one
+  explicit Kept(float x) : limit(splat(x)), low(limit), high(limit) {
+    if constexpr (sizeof(S) == 2) {
+      if (isinf(x)) return;
+      S s = from_float<S>(x);
+      if (to_float(s) > x) --s.bits;
+      low = splat(to_float(s));
+      ++s.bits;
+      high = splat(to_float(s));
+    }
+  }
+  vf gate(vf x) const { return select((vi)(x > limit), max(high, x), min(low, x)); }
+  vf up(vf x) const { return select((vi)(x < -limit), min(-high, x), max(-low, gate(x))); }
+};
+
+// sums [rows, ld] -> activations in place, columns 0 .. cols - 1; pre-activations to z. Halves: up lies half columns on.
+template <MoeActivation kind, class S>
+inline void activate_tile(float* sums, int64_t rows, int64_t cols, int64_t ld, int64_t half, const float* b1, int64_t inner, int64_t j, float limit,
+                   S* z, int64_t z_stride) {
+  constexpr bool interleaved = kind == MoeActivation::gpt_oss, single = kind == MoeActivation::relu2;
+  const int64_t at = interleaved ? 2 * j : j, up_at = inner + j;  // columns of z
+  const Kept<S> kept(limit);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = sums + r * ld;
+    S* to = z ? z + r * z_stride : nullptr;
+    for (int64_t i = 0; i < cols; i += W) {
+      const int n = (int)least(W, cols - i);
+      if constexpr (single) {
+        vf x = load_n(row + i, n);
+        if (b1) x += load_n(b1 + at + i, n);
+        if (to) store_n(to + at + i, x, n);
+        const vf positive = max(zero(), x);
+        store_n(row + i, positive * positive, n);
+      } else if constexpr (interleaved) {
+        const int n0 = (int)least(W, 2 * n), n1 = 2 * n - n0;
+        vf x = load_n(row + 2 * i, n0), y = load_n(row + 2 * i + W, n1), gate, up;
+        if (b1) x += load_n(b1 + at + 2 * i, n0), y += load_n(b1 + at + 2 * i + W, n1);
+        deinterleave(x, y, &gate, &up);
+        if (to) {
+          interleave(kept.gate(gate), kept.up(up), &x, &y);
+          store_n(to + at + 2 * i, x, n0);
+          store_n(to + at + 2 * i + W, y, n1);
+        }
+        store_n(row + i, gated<kind>(gate, up, splat(limit), false).a, n);  // behind what is still to be read
+      } else {
+        vf gate = load_n(row + i, n), up = load_n(row + half + i, n);
+        if (b1) gate += load_n(b1 + at + i, n), up += load_n(b1 + up_at + i, n);
+        if (to) {
+          store_n(to + at + i, kept.gate(gate), n);
+          store_n(to + up_at + i, kept.up(up), n);
+        }
+        store_n(row + i, gated<kind>(gate, up, splat(limit), false).a, n);
+      }
+    }
+  }
+}
+
+template <class S>
+inline void activate(MoeActivation kind, float* sums, int64_t rows, int64_t cols, int64_t ld, int64_t half, const float* b1, int64_t inner,
+              int64_t j, float limit, S* z, int64_t z_stride) {
+  using A = MoeActivation;
+  const auto run = kind == A::swiglu     ? activate_tile<A::swiglu, S>
+                   : kind == A::gpt_oss  ? activate_tile<A::gpt_oss, S>
+                   : kind == A::geglu    ? activate_tile<A::geglu, S>
+                   : kind == A::geglu_tanh ? activate_tile<A::geglu_tanh, S>
+                                         : activate_tile<A::relu2, S>;
+  run(sums, rows, cols, ld, half, b1, inner, j, limit, z, z_stride);
 }
 
 }  // namespace tk::TK_ISA

@@ -1,20 +1,23 @@
-// The experts forward for up to 16 tokens (AMX level, weights whose rows are outputs): the chosen experts' weights are read once,
-// where they lie, at the speed of memory.
+// The experts forward for up to 16 tokens (weights whose rows are outputs): the chosen experts' weights are read once, where they
+// lie. Here on AMX, elsewhere moe_decode_rows.h.
 //
 // A product is turned round: 16 rows of a weight are the left operand as they are, an expert's tokens the 16 columns of the right
 // one. Multiplication commutes and the steps along k are gemm.h's and gemm_split.h's, so the bits are moe_forward's. While a block
 // of 32 rows is multiplied the next one is fetched, in four streams. float32 and float16 rows are split on the way.
 // H hidden, I intermediate, E experts, K experts a token, C columns of the first product.
 #include "moe_activation.h"
+#include "moe_decode_rows.h"
 #include "moe_experts.h"
 #include "moe_kernels.h"
 
 namespace tk::TK_ISA {
 
-#if defined(__AMX_BF16__)
 namespace {
 
-constexpr int64_t kTokens = 16, kRows = 32;  // columns of a product; rows of a weight in a block
+constexpr int64_t kTokens = 16;
+
+#if defined(__AMX_BF16__)
+constexpr int64_t kRows = 32;  // of a weight in a block
 
 // Two runs of 16 rows of a weight, n[i] of them real.
 template <class S> struct Block {
@@ -247,6 +250,12 @@ template <class S> void decode(const MoeForwardParams& p) {
   combine<S>(p, plan, out, H, 0, H);
 }
 
+#else
+
+template <class S> void decode(const MoeForwardParams& p) { decode_rows<S>(p, kTokens); }
+
+#endif
+
 }  // namespace
 
 bool moe_decode_covers(const MoeForwardParams& p) { return p.tokens <= kTokens && !p.z && !p.in_out; }
@@ -256,12 +265,5 @@ void moe_decode(const MoeForwardParams& p) {
   else if (p.dtype == DType::bfloat16) decode<bf16>(p);
   else decode<f16>(p);
 }
-
-#else
-
-bool moe_decode_covers(const MoeForwardParams&) { return false; }
-void moe_decode(const MoeForwardParams&) {}
-
-#endif
 
 }  // namespace tk::TK_ISA

@@ -6,8 +6,8 @@
 //     C  element (r, 16 n + j) at c[r * ldc + n * c_tile + j]
 //   dot_block<N>     the same for any number of rows: twelve (N = 2) or sixteen at a time
 //
-// One chain over pairs of k, from zero or from C: the sum of a call is that of its parts, in order. each() is called once a step
-// and group of rows: something to fetch meanwhile.
+// One chain over pairs of k, which C joins by an addition (Join::sum) or is the start of (Join::chain). each() is called once a
+// step and group of rows: something to fetch meanwhile.
 #pragma once
 
 #include "tiles.h"
@@ -15,6 +15,8 @@
 namespace tk::TK_ISA {
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+
+enum class Join { none, sum, chain };  // none: C is not read
 
 struct DotOperands {
   const bf16* a;
@@ -34,13 +36,13 @@ inline __m512bh dot_pair(const bf16* at) {
 }
 
 template <int R, int N, int64_t Row, class Each>
-inline __attribute__((always_inline)) void dot_rows(const DotOperands& x, int64_t steps, bool add, const Each& each) {
+inline __attribute__((always_inline)) void dot_rows(const DotOperands& x, int64_t steps, Join join, const Each& each) {
   const int64_t step = Row ? Row : x.row;
   __m512 sum[R][N];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) sum[r][n] = add ? _mm512_loadu_ps(x.c + r * x.ldc + n * x.c_tile) : _mm512_setzero_ps();
+    for (int n = 0; n < N; ++n) sum[r][n] = join == Join::chain ? _mm512_loadu_ps(x.c + r * x.ldc + n * x.c_tile) : _mm512_setzero_ps();
   const bf16* row[(R + 2) / 3];  // every third row: the two after it are within reach of an address
 #pragma GCC unroll 16
   for (int r = 0; r < R; r += 3) row[r / 3] = x.a + r * step;
@@ -66,24 +68,27 @@ inline __attribute__((always_inline)) void dot_rows(const DotOperands& x, int64_
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) _mm512_storeu_ps(x.c + r * x.ldc + n * x.c_tile, sum[r][n]);
+    for (int n = 0; n < N; ++n) {
+      float* c = x.c + r * x.ldc + n * x.c_tile;
+      _mm512_storeu_ps(c, join == Join::sum ? _mm512_add_ps(_mm512_loadu_ps(c), sum[r][n]) : sum[r][n]);
+    }
 }
 
 template <int R, int N, int64_t Row, class Each>
-inline void dot_rest(const DotOperands& x, int64_t rows, int64_t steps, bool add, const Each& each) {
-  if (rows == R) return dot_rows<R, N, Row>(x, steps, add, each);
-  if constexpr (R > 1) dot_rest<R - 1, N, Row>(x, rows, steps, add, each);
+inline void dot_rest(const DotOperands& x, int64_t rows, int64_t steps, Join join, const Each& each) {
+  if (rows == R) return dot_rows<R, N, Row>(x, steps, join, each);
+  if constexpr (R > 1) dot_rest<R - 1, N, Row>(x, rows, steps, join, each);
 }
 
 // Row: x.row where it is known to the compiler, or 0.
 template <int N, int64_t Row, class Each>
-inline void dot_block(DotOperands x, int64_t rows, int64_t steps, bool add, const Each& each) {
+inline void dot_block(DotOperands x, int64_t rows, int64_t steps, Join join, const Each& each) {
   constexpr int kMost = N == 2 ? 12 : 16;
   while (rows > 0) {
     // 32 rows as 12, 12 and 8, 16 of two tiles as 8 and 8: a group of few rows waits for each sum's last product.
     const int64_t n = rows > kMost && rows < kMost + 6 ? rows / 2 : rows < kMost ? rows : kMost;
-    if (n == kMost) dot_rows<kMost, N, Row>(x, steps, add, each);
-    else dot_rest<kMost - 1, N, Row>(x, n, steps, add, each);
+    if (n == kMost) dot_rows<kMost, N, Row>(x, steps, join, each);
+    else dot_rest<kMost - 1, N, Row>(x, n, steps, join, each);
     rows -= n, x.a += n * (Row ? Row : x.row), x.c += n * x.ldc;
   }
 }

@@ -28,8 +28,9 @@
 // whatever M, N, the element's place in a tile or the caller's split into panels.
 //   float: one chain of FMAs within each block of KB = 128 values of k counted from 0, block sums added in order
 //          (to the old C first when accumulating). Splitting K into calls is the same sum if the cuts are multiples of KB.
-//   bf16:  one chain over pairs of k (TDPBF16PS: subnormals are zero), continued from the old C when accumulating. Splitting
-//          K into calls is the same sum if the cuts are multiples of 32.
+//   bf16:  subnormals are zero. On AMX one chain over pairs of k (TDPBF16PS), continued from the old C when accumulating. Splitting
+//          K into calls is the same sum if the cuts are multiples of 32. Elsewhere as float, each link of a chain a pair of k
+//          (VDPBF16PS), unless kOneChain asks for AMX's order.
 // What pads M and N never mixes with real rows and columns, so a NaN stays in its row.
 #pragma once
 
@@ -194,13 +195,15 @@ template <> struct Gemm<float> {
 
 template <> struct Gemm<bf16> {
   using Type = bf16;
-  static constexpr int MR = 32, NR = 32, KU = 32, KB = 512;
+  static constexpr int MR = 32, NR = 32, KU = 32;
+#if defined(__AMX_BF16__)
+  static constexpr int KB = 512;
   // K is cut into blocks of about KB, whose A panel (32 KiB) stays in L1 while B streams past it from L2: a step of four tile
   // products takes 64 cycles and two lines a tile row, 96 where both come from L2. A cut costs a pass over C through L2.
-#if defined(__AMX_BF16__)
   static constexpr int64_t kDeepest = 576;
 #else
-  static constexpr int64_t kDeepest = 192;  // both operands' panels stay in L1, which three groups of rows go through
+  static constexpr int KB = 128;  // of such blocks both operands' panels stay in L1
+  static constexpr int64_t kDeepest = 256;  // the same where sums are one chain
 #endif
   static constexpr int kFar = 16;                            // rows
   static constexpr int kTile = 512;                          // elements of one tile, 1 KiB
@@ -208,7 +211,10 @@ template <> struct Gemm<bf16> {
   static int64_t padded_k(int64_t K) { return round_up(K, KU); }
   static int64_t size_a(int64_t M, int64_t K) { return round_up(M, MR) * padded_k(K); }
   static int64_t size_b(int64_t N, int64_t K) { return round_up(N, NR) * padded_k(K); }
-  static int64_t depth_of(int64_t N, int64_t K) {            // of a block of K
+  template <bool kOneChain = true> static int64_t depth_of(int64_t N, int64_t K) {  // of a block of K
+#if !defined(__AMX_BF16__)
+    if (!kOneChain) return least(KB, padded_k(K));
+#endif
     const int64_t Kp = padded_k(K), blocks = N > NR ? (Kp + kDeepest - 1) / kDeepest : 1;
     return blocks > 1 ? round_up((Kp + blocks - 1) / blocks, KU) : Kp;
   }
@@ -282,13 +288,14 @@ template <> struct Gemm<bf16> {
                    bool accumulate) {
     gemm_panels(M, N, K, A, MR * padded_k(K), B, NR * padded_k(K), C, ldc, accumulate);
   }
+  template <bool kOneChain = false>
   static void gemm_panels(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t a_panel, const bf16* B,
                           int64_t b_panel, float* C, int64_t ldc, bool accumulate) {
     if (K == 0 && !accumulate) {
       for (int64_t m = 0; m < M; ++m) memset(C + m * ldc, 0, N * sizeof(float));
       return;
     }
-    const int64_t Kp = padded_k(K), block = depth_of(N, K);
+    const int64_t Kp = padded_k(K), block = depth_of<kOneChain>(N, K);
     const bool stream = N > NR && N * block > (1 << 13);  // what fits L1 beside A may stay there
     for (int64_t k = 0; k < Kp; k += block) {
       const int64_t steps = least(block, Kp - k) / KU;
@@ -308,13 +315,13 @@ template <> struct Gemm<bf16> {
           float* c = C + m * ldc + n;
           if (rows == MR && cols == NR) {
             const float* below = accumulate && k == 0 && steps >= 16 && m + 2 * MR <= M ? c + MR * ldc : nullptr;
-            if (stream) tiles_2x2<true>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
-            else tiles_2x2<false>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
+            if (stream) tiles_2x2<true, kOneChain>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
+            else tiles_2x2<false, kOneChain>(steps, a, b, c, ldc, add, ahead + n / NR * share, per_step, below);
           } else {
             alignas(64) float edge[MR * NR];
             if (add) copy(rows, cols, c, ldc, edge, NR);
-            if (rows > 16) tiles_2x2<false>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step, nullptr);
-            else tiles_1x2(steps, rows, a, b, edge, NR, add);
+            if (rows > 16) tiles_2x2<false, kOneChain>(steps, a, b, edge, NR, add, ahead + n / NR * share, per_step, nullptr);
+            else tiles_1x2<kOneChain>(steps, rows, a, b, edge, NR, add);
             copy(rows, cols, edge, NR, c, ldc);
           }
         }
@@ -353,7 +360,7 @@ template <> struct Gemm<bf16> {
 
 #if defined(__AMX_BF16__)
   // below: the tile of C behind this one, fetched into L2 meanwhile where it is not null.
-  template <bool kStream>
+  template <bool kStream, bool kOneChain>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
                         int per_step, const float* below) {
     tile_fence();
@@ -393,6 +400,7 @@ template <> struct Gemm<bf16> {
     tile_store<2>(half, bytes);
     tile_store<3>(half + 16, bytes);
   }
+  template <bool kOneChain>
   static void tiles_1x2(int64_t steps, int, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
     tile_fence();
     const int64_t bytes = ldc * 4;
@@ -414,16 +422,18 @@ template <> struct Gemm<bf16> {
     tile_store<1>(c + 16, bytes);
   }
 #else
-  template <bool>
+  template <bool kOneChain> static Join join(bool add) { return !add ? Join::none : kOneChain ? Join::chain : Join::sum; }
+  template <bool, bool kOneChain>
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
                         int per_step, const float*) {
     const int lines = (per_step + 2) / 3;  // 32 rows are three groups
-    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, 32, steps, add, [&] {
+    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, 32, steps, join<kOneChain>(add), [&] {
       for (int i = 0; i < lines; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
     });
   }
+  template <bool kOneChain>
   static void tiles_1x2(int64_t steps, int rows, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
-    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, rows, steps, add, [] {});
+    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, rows, steps, join<kOneChain>(add), [] {});
   }
 #endif
 };

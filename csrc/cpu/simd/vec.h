@@ -44,6 +44,14 @@ inline vf zero() { return vf{}; }
 inline vi as_int(vf x) { return (vi)x; }
 inline vf as_float(vi x) { return (vf)x; }
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }  // mask lanes are 0 or -1
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#endif
+  int32_t found = 0;
+  for (int i = 0; i < W; ++i) found |= mask[i];
+  return found != 0;
+}
 // b where either is NaN. On AVX-512 GCC 12 compiles the comparison to two instructions and a mask.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
