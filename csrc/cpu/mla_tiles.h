@@ -155,10 +155,13 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
       tile_store<3>(o + 48, bytes);
     }
 #else
-    for (int64_t i = 0; i < count; ++i) {
-      pack_line<C>(lines[i], d, v, next);
+    constexpr int64_t kLines = 4;  // for which sums stay in registers
+    for (int64_t i = 0; i < count; i += kLines) {
+      const int64_t n = least(kLines, count - i);
+      for (int64_t j = 0; j < n; ++j) pack_line<C>(lines[i + j], d, v + j * C * 2 * kTile, next);
       for (int c = 0; c < C; ++c)
-        dot_block<2, 32>({probs + i * kTile, 32, 0, v + c * 2 * kTile, 0, o + 32 * c, ldo, 16}, rows, 1, first && i == 0 ? Join::none : Join::chain, [] {});
+        dot_block<2, 32>({probs + i * kTile, 32, kTile, v + c * 2 * kTile, C * 2 * kTile, o + 32 * c, ldo, 16}, rows, n,
+                         first && i == 0 ? Join::none : Join::chain, [] {});
     }
 #endif
   }

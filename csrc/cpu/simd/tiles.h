@@ -1,4 +1,4 @@
-// Tiles of bf16 products: eight registers of 16 rows of 64 bytes, AMX's or, on the AVX-512-BF16 level, kept in memory.
+// Tiles of bf16 products: eight registers of 16 rows of 64 bytes, AMX's or, for tests on other CPUs (TK_SOFT_TILES), in memory.
 //
 //   tile_zero<C>()                    tile_load<T>(p, bytes)           rows `bytes` apart; tile_stream_load passes L1 by
 //   tile_dot<C, A, B>()   C += A B    tile_store<C>(p, bytes)
@@ -6,21 +6,20 @@
 //
 // On AMX the kernel grants the tile state once per process (arch_prctl); each thread then configures its tiles when it
 // enters a parallel region and releases them when it leaves (parallel.h does both).
-// Without AMX a loaded tile is a pointer: what it points to must stay as it is until the last product with it. gemm.h has
-// products of its own there, with sums in registers.
-// Both treat subnormals as zero and sum along pairs of k, but round elsewhere: a level's bits are its own.
+// In memory a loaded tile is a pointer: what it points to must stay as it is until the last product with it.
 #pragma once
 
 #include "vec.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && !defined(TK_SOFT_TILES)
+#define TK_AMX_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace tk::TK_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(TK_AMX_TILES)
 
 inline bool amx_request_permission() {
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
@@ -75,7 +74,7 @@ struct TileRegion {
   TileRegion& operator=(const TileRegion&) = delete;
 };
 
-#elif defined(__AVX512BF16__)
+#elif defined(TK_SOFT_TILES) && defined(__AVX512BF16__)
 
 // What tile registers hold here: an operand stays where it lies, so does a sum until the first product; then sums[T] has it.
 struct Tiles {
@@ -110,39 +109,25 @@ template <int T> inline void tile_store(void* p, int64_t bytes) {
     _mm512_mask_storeu_ps((char*)p + r * bytes, columns, row);
   }
 }
+// As the instruction rounds: FMAs over the even values and over the odd ones, each from zero, and c + (even + odd).
 template <int C, int A, int B> inline void tile_dot() {
   Tiles& x = *tiles;
   const __mmask16 columns = tile_columns(B);
-  const char *a = x.at[A], *b = x.at[B], *c = x.at[C];
-  const int64_t a_step = x.step[A], b_step = x.step[B], c_step = x.step[C];
-  const int rows = x.tall[A], pairs = x.bytes[A] / 4;
-  __m512 sum[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) sum[r] = _mm512_setzero_ps();
-  if (x.state[C] == Tiles::kHere) {
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) sum[r] = _mm512_load_ps(x.sums[C][r]);
-  } else if (x.state[C] == Tiles::kElsewhere) {
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r)
-      if (r < rows) sum[r] = _mm512_maskz_loadu_ps(columns, c + r * c_step);
-  }
-  // A row beyond the last one is the first row again: its sums are never stored.
-  int64_t row[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) row[r] = r < rows ? r * a_step : 0;
-  for (int k = 0; k < pairs; ++k, a += 4, b += b_step) {
-    const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi32(columns, b);
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) {
+  const vi high = splat((int32_t)0xffff0000);
+  for (int r = 0; r < x.tall[A]; ++r) {
+    vf even = zero(), odd = zero(), c = zero();
+    for (int k = 0; k < x.bytes[A] / 4; ++k) {
       int32_t pair;
-      memcpy(&pair, a + row[r], 4);
-      sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_set1_epi32(pair), y);
+      memcpy(&pair, x.at[A] + r * x.step[A] + 4 * k, 4);
+      const vi p = splat(pair), y = (vi)_mm512_maskz_loadu_epi32(columns, x.at[B] + k * x.step[B]);
+      even = fma(as_float(p << 16), as_float(y << 16), even), odd = fma(as_float(p & high), as_float(y & high), odd);
     }
+    if (x.state[C] == Tiles::kHere) memcpy(&c, x.sums[C][r], sizeof c);
+    if (x.state[C] == Tiles::kElsewhere) c = (vf)_mm512_maskz_loadu_ps(columns, x.at[C] + r * x.step[C]);
+    c += even + odd;
+    memcpy(x.sums[C][r], &c, sizeof c);
   }
   x.state[C] = Tiles::kHere;
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) _mm512_store_ps(x.sums[C][r], sum[r]);
 }
 
 struct TileRegion {
@@ -162,6 +147,7 @@ struct TileRegion {
 
 #else
 
+inline void tile_fence() {}
 struct TileRegion {
   TileRegion() {}  // not trivial: no unused-variable warnings
 };
