@@ -9,6 +9,7 @@
 // N tokens, E experts, K experts a token, G groups of experts.
 #include "moe_kernels.h"
 #include "parallel.h"
+#include "policy_ops.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -54,24 +55,42 @@ inline bool chosen_softmax(const RouteShape& p) {
   return p.score == MoeScore::softmax_topk || (p.score == MoeScore::softmax && p.renormalize);
 }
 
-inline int32_t highest(const int32_t* keys, int64_t n) {  // n a multiple of W
-  vi best = splat(kOut);
-  for (int64_t i = 0; i < n; i += W) {
-    vi x;
-    memcpy(&x, keys + i, sizeof x);
+inline vi higher(vi a, vi b) {
 #if defined(__AVX512F__)
-    best = (vi)_mm512_max_epi32((__m512i)best, (__m512i)x);
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #else
-    best = x > best ? x : best;
+  return a > b ? a : b;
 #endif
-  }
+}
+inline int32_t highest(vi x) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32((__m512i)best);
+  return _mm512_reduce_max_epi32((__m512i)x);
 #else
-  int32_t top = best[0];
-  for (int i = 1; i < W; ++i) top = top > best[i] ? top : best[i];
+  int32_t top = x[0];
+  for (int i = 1; i < W; ++i) top = top > x[i] ? top : x[i];
   return top;
 #endif
+}
+inline vi keys_at(const int32_t* keys) {
+  vi x;
+  memcpy(&x, keys, sizeof x);
+  return x;
+}
+inline int32_t highest(const int32_t* keys, int64_t n) {  // n a multiple of W
+  vi best = splat(kOut);
+  for (int64_t i = 0; i < n; i += W) best = higher(best, keys_at(keys + i));
+  return highest(best);
+}
+// The two highest of n keys, a multiple of W.
+inline void two_highest(const int32_t* keys, int64_t n, int32_t* best, int32_t* second) {
+  vi first = splat(kOut), next = first;  // of each lane
+  for (int64_t i = 0; i < n; i += W) {
+    const vi x = keys_at(keys + i), low = first < x ? first : x;
+    next = higher(next, low), first = higher(first, x);
+  }
+  *best = highest(first);
+  const int32_t lane = __builtin_ctz(bits_of(first == *best));
+  *second = highest(lane_index() == lane ? next : first);
 }
 inline int64_t first_of(const int32_t* keys, int32_t key) {  // which is there
 #if defined(__AVX512F__)
@@ -85,12 +104,15 @@ inline int64_t first_of(const int32_t* keys, int32_t key) {  // which is there
   return i;
 #endif
 }
-// The k best of n keys, a multiple of W, best first; they become kOut.
+// The k best of n keys, a multiple of W, best first; they become kOut. By whole vectors: a load of one whose lane alone was just
+// written waits for that store.
 inline void take_best(int32_t* keys, int64_t n, int64_t k, int32_t* out) {
   for (int64_t i = 0; i < k; ++i) {
     const int64_t at = first_of(keys, highest(keys, n));
     out[i] = (int32_t)at;
-    keys[at] = kOut;
+    int32_t* const near = keys + at / W * W;
+    const vi rest = lane_index() == (int32_t)(at % W) ? splat(kOut) : keys_at(near);
+    memcpy(near, &rest, sizeof rest);
   }
 }
 
@@ -163,14 +185,16 @@ inline void choose(const RouteForwardParams& p, const Room& x, int32_t* chosen) 
     for (int64_t g = 0; g < pad(p.groups); ++g) x.group_keys[g] = kOut;
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t n = pad(size);
-      for (int64_t e = size; e < n; ++e) x.group[e] = kOut;
-      memcpy(x.group, x.keys + g * size, size * sizeof(int32_t));
-      int32_t best = highest(x.group, n);
-      if (!p.group_max && size > 1 && best != 0x7fffffff) {
-        x.group[first_of(x.group, best)] = kOut;
-        const int32_t second = highest(x.group, n);
-        best = second == 0x7fffffff ? second : keys_of(splat(float_of(best) + float_of(second)))[0];
+      const int32_t* keys = x.keys + g * size;
+      if (n > size) {
+        for (int64_t e = size; e < n; ++e) x.group[e] = kOut;
+        memcpy(x.group, keys, size * sizeof(int32_t));
+        keys = x.group;
       }
+      int32_t best, second;
+      two_highest(keys, n, &best, &second);
+      if (!p.group_max && size > 1 && best != 0x7fffffff)
+        best = second == 0x7fffffff ? second : keys_of(splat(float_of(best) + float_of(second)))[0];
       x.group_keys[g] = best;
     }
     take_best(x.group_keys, pad(p.groups), p.top_groups, x.kept);
