@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import thinkernel as tk
 import torch
+from rule import assert_within
 from test_attention import paged
 from test_packed import offsets, packed_eager
 from test_rule import DTYPES, eager
@@ -20,7 +21,6 @@ from thinkernel.reference import attention as reference
 from thinkernel.testing.cases import Case, Inputs
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
-from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 NAN = float("nan")
@@ -85,15 +85,9 @@ def random_case(seed: int, head_dims: tuple[int, int] | None = None) -> Case:
     return Case("attention", name, inputs, run, ("q", "k", "v", "sinks") if sinks else ("q", "k", "v"), baseline)
 
 
-def within_the_rule(case: Case, dtype: torch.dtype, draws: int) -> None:
-    results = list(evaluate(case, "triton", dtype, draws=draws))
-    messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]
-    assert not messages, "\n".join([case.name, *messages])
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_random_calls(seed: int) -> None:
-    within_the_rule(random_case(seed), DTYPES[seed % 2], 3)
+    assert_within(random_case(seed), DTYPES[seed % 2], 3)
 
 
 @pytest.mark.slow
@@ -101,7 +95,7 @@ def test_random_calls(seed: int) -> None:
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("seed", range(100, 112))
 def test_random_calls_at_every_head_dim(seed: int, head_dims: tuple[int, int], dtype: torch.dtype) -> None:
-    within_the_rule(random_case(seed, head_dims), dtype, 3)
+    assert_within(random_case(seed, head_dims), dtype, 3)
 
 
 def random_decode(seed: int, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import thinkernel as tk
 import torch
+from rule import assert_within
 from test_attention import paged
 from thinkernel.kernels import configs
 from thinkernel.ops.memory import poisoned_results
@@ -19,7 +20,6 @@ from thinkernel.reference import sparse as reference
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
-from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16]
@@ -34,10 +34,7 @@ def indexer_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "dtype"), indexer_cases())
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
-    draws = 1 if case.selection or dtype == torch.float16 else 3
-    results = list(evaluate(case, "triton", dtype, draws=draws))
-    messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]
-    assert not messages, "\n".join(messages)
+    assert_within(case, dtype, 1 if case.selection or dtype == torch.float16 else 3)
 
 
 # ---- scores

@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 import thinkernel as tk
 import torch
+from rule import assert_within
 from test_attention import paged
 from test_rule import DTYPES, eager
 from thinkernel.kernels import mla as kernels
 from thinkernel.reference import mla as reference
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise, check
-from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 NAN = float("nan")
@@ -221,9 +221,7 @@ def mla_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "dtype"), mla_cases())
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
-    results = list(evaluate(case, "triton", dtype, draws=3))
-    messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]
-    assert not messages, "\n".join(messages)
+    assert_within(case, dtype)
 
 
 def test_the_ops_take_any_strides_and_name_what_they_do_not_cover() -> None:

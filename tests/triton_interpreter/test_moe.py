@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import thinkernel as tk
 import torch
+from rule import assert_within
 from thinkernel.kernels import configs
 from thinkernel.reference import moe as reference
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
 from thinkernel.testing.moe import expert_inputs, torch_moe
-from thinkernel.testing.validate import evaluate
 from torch import Tensor
 
 FLOAT, HALF = torch.float32, torch.float16
@@ -174,6 +174,4 @@ def moe_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "dtype"), moe_cases())
 def test_within_the_rule(case: Case, dtype: torch.dtype) -> None:
-    results = list(evaluate(case, "triton", dtype, draws=6 if dtype == FLOAT else 3))
-    messages = [r.skipped or r.comparison.message for r in results if r.comparison is None or r.comparison.message]
-    assert not messages, "\n".join(messages)
+    assert_within(case, dtype, 6 if dtype == FLOAT else 3)
