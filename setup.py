@@ -1,6 +1,7 @@
 """Builds the C++ core with CMake and ninja. torch is neither imported nor needed here.
 
 THINKERNEL_CUDA=auto|0|1 governs the CUDA half: auto builds it when nvcc is found and says so when not.
+THINKERNEL_SOFT_AMX=1 emulates AMX tiles, so that the amx level's code runs, slowly, on CPUs with AVX-512-BF16 alone: for its tests.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("THINKERNEL_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"THINKERNEL_CUDA is {cuda!r}; it takes auto, 0 or 1")
-        # A folder per interpreter and CUDA choice keeps rebuilds incremental.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-cuda-{cuda}"
+        soft = os.environ.get("THINKERNEL_SOFT_AMX", "0")
+        if soft not in ("0", "1"):
+            raise SystemExit(f"THINKERNEL_SOFT_AMX is {soft!r}; it takes 0 or 1")
+        # A folder per interpreter and choice keeps rebuilds incremental.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-cuda-{cuda}{'-soft-amx' * int(soft)}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
@@ -36,6 +40,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTHINKERNEL_CUDA={cuda}",
+            f"-DTHINKERNEL_SOFT_AMX={soft}",
             f"-DTHINKERNEL_OUTPUT={target.name}",
             f"-DTHINKERNEL_OUTPUT_DIR={target.parent}",
         ]
