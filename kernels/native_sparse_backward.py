@@ -7,8 +7,8 @@ Dv value dim, n blocks of a choice, M and N the rows and keys of a tile. Query i
 
 dQ walks the blocks as the forward does. For dK and dV the pairs (query, choosing head) are sorted by the block that they name, stably, so
 that each block has a list of them in ascending order. Every query names block 0, so a list is cut into segments of
-configs_sparse.SEGMENT rows, a program each; a block of more than one has its segments' float32 sums added in order afterwards. Where a list is cut depends on nothing but
-the list, so the order of all sums is that of the sequence alone.
+configs_sparse.SEGMENT rows, a program each; a block of more than one has its segments' float32 sums added in order afterwards. Where a
+list is cut depends on nothing but the list, so the order of all sums is that of the sequence alone.
 """
 from __future__ import annotations
 
