@@ -8,7 +8,7 @@ query, P pages. A tile has KEYS (or N) keys and COLUMNS (or M) pairs (query, hea
 
 A tile of keys stays while the queries pass by, and the heads of a query lie side by side as columns, so that their sum stays in the
 tile; prefill and decode have the same tile, hence the same bits. SLOTS: key n of a query is the one that its slot n names.
-indexer_topk keeps the scores of at most configs.workspace() bytes of queries: [S, T] scores never lie in memory at once.
+indexer_topk keeps the scores of at most configs_sparse.workspace() bytes of queries: [S, T] scores never lie in memory at once.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, topk
+from . import configs_sparse, topk
 from .attention_tiles import e4m3_to_float, load_rows
 from .primitives import convert, dot, launch
 
@@ -308,7 +308,7 @@ def write_scores(q: Tensor, k: Tensor, w: Tensor, out: Tensor, rows: tuple[int, 
     page = 0 if block_table is None else k.shape[1]
     T = k.shape[-2] if block_table is None else block_table.shape[1] * page
     width = T if indices is None else indices.shape[1]
-    tile = configs.indexer("scores", q.device, q.dtype, D, k.dtype == torch.uint8)
+    tile = configs_sparse.indexer("scores", q.device, q.dtype, D, k.dtype == torch.uint8)
     queries = min(64, triton.next_power_of_2(S)) if indices is None else 1
     scale_strides = (0, 0) if k_scale is None else (0, k_scale.stride(0)) if k_scale.dim() == 1 else k_scale.stride()
     launch(
@@ -324,7 +324,7 @@ def query_gradients(q: Tensor, k: Tensor, w: Tensor, g: Tensor, dq: Tensor, dw: 
                     dloss: Tensor | None = None, indices: Tensor | None = None) -> None:
     """dq [R,Hi,Di] and dw [R,Hi] float32 of rows first … last − 1, from g [≥ last − first, T] (or [.., K] with indices [R,K])."""
     (_, H, D), (first, last) = q.shape, rows
-    tile = configs.indexer("query", q.device, q.dtype, D)
+    tile = configs_sparse.indexer("query", q.device, q.dtype, D)
     hb = tile.m if indices is not None else head_block(H, tile.m)
     per = 1 if indices is not None else tile.m // hb
     tiles = triton.cdiv(last - first, S) * triton.cdiv(min(S, last - first), per)
@@ -339,7 +339,7 @@ def key_gradients(q: Tensor, k: Tensor, w: Tensor, g: Tensor, dk: Tensor, rows: 
                   dloss: Tensor | None = None) -> None:
     """dk [B,T,Di] float32 += what rows first … last − 1 give, from g [≥ last − first, T]. rows: as `chunks` cuts them, in order."""
     (_, H, D), (first, last), T = q.shape, rows, k.shape[1]
-    tile = configs.indexer("key", q.device, q.dtype, D)
+    tile = configs_sparse.indexer("key", q.device, q.dtype, D)
     launch(
         _key_gradient_kernel, (triton.cdiv(last - first, S) * triton.cdiv(T, tile.n),), q, k, w, g, dloss, dk, first, last, S, T,
         *k.stride()[:2], g.stride(0), H=H, D=D, BLOCK_D=block_dim(D), KEYS=tile.n, COLUMNS=tile.m, HB=head_block(H, tile.m),
@@ -366,7 +366,7 @@ def indexer_topk(q: Tensor, k: Tensor, w: Tensor, indices: Tensor, *, causal: bo
                  k_scale: Tensor | None = None) -> None:
     """The keys of each query -> indices int32 [.., top_k], given; arguments as in tk.indexer_topk, q, w (float32) and indices contiguous.
 
-    Workspace: the scores of as many queries as fit configs.workspace() bytes (at least 64), and a length for each.
+    Workspace: the scores of as many queries as fit configs_sparse.workspace() bytes (at least 64), and a length for each.
     """
     packed = None
     B, S = (1, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[1])
@@ -377,7 +377,7 @@ def indexer_topk(q: Tensor, k: Tensor, w: Tensor, indices: Tensor, *, causal: bo
     R, T = B * S, k.shape[-2] if block_table is None else block_table.shape[1] * k.shape[1]
     q, w, chosen = q.reshape(R, *q.shape[-2:]), w.reshape(R, -1), indices.view(R, -1)
     k = k.view(torch.uint8) if k.dtype == torch.float8_e4m3fn else k
-    pieces = list(chunks(B, S, configs.workspace() // (4 * max(T, 1))))
+    pieces = list(chunks(B, S, configs_sparse.workspace() // (4 * max(T, 1))))
     most = max(last - first for first, last in pieces)
     scores, lengths = torch.empty((most, T), device=q.device), torch.zeros(most, dtype=torch.int32, device=q.device)
     for first, last in pieces:

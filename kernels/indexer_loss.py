@@ -8,7 +8,7 @@ H heads, Hkv key heads, G = H / Hkv, D head dim; K slots of a row. N is T, or K 
     dI = dL·(softmax(I) − p), and on to q, k and w of the indexer as in indexer.py
 
 x is the largest score, not lse: the exponentials then have no error of lse's rounding. Scores I and masses m over slots are
-[R, K]. Over all keys they are made for as many rows as fit configs.workspace() bytes (at least 64), and made again in the backward.
+[R, K]. Over all keys they are made for as many rows as fit configs_sparse.workspace() bytes (at least 64), and made again in the backward.
 dk over slots: each row writes what it gives to each of its keys, and where; then each key adds up its rows in order. That, too, for
 as many rows as fit the workspace.
 """
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, indexer
+from . import configs_sparse, indexer
 from .attention_tiles import load_rows
 from .indexer import FLOAT_DEPTH, add_product, block_dim, chunks, columns, head_block, slot_keys
 from .primitives import dot, launch
@@ -263,13 +263,13 @@ class Target:
     def __init__(self, q: Tensor, k: Tensor, S: int, indices: Tensor | None, scale: float):
         self.q, self.k, self.S, self.indices, self.scale = q, k, S, indices, scale
         (_, self.H, D), self.Hkv = q.shape, k.shape[2]
-        depth = min(configs.target_depth(q.dtype), block_dim(D))
+        depth = min(configs_sparse.target_depth(q.dtype), block_dim(D))
         self.constants = dict(H=self.H, HKV=self.Hkv, D=D, DEPTH=depth, SLOTS=indices is not None)
         self.width = k.shape[1] if indices is None else indices.shape[1]
 
     def lse(self, shift: Tensor) -> None:
         """-> shift [R,2H] float32: x, a of each head, a·exp(s − x) being its softmax"""
-        tile = configs.indexer("lse", self.q.device, self.q.dtype, 64)
+        tile = configs_sparse.indexer("lse", self.q.device, self.q.dtype, 64)
         slots, group, rows = self.indices is not None, self.H // self.Hkv, len(self.q)
         hb = tile.m if slots else head_block(group, tile.m)
         tiles = rows // self.S * triton.cdiv(self.S, 1 if slots else tile.m // hb)
@@ -281,7 +281,7 @@ class Target:
     def mass(self, shift: Tensor, mass: Tensor, rows: tuple[int, int]) -> None:
         """Σ_h a·exp(scale·q·k − x) of rows first … last − 1 -> mass [last − first, T or K]; invisible keys as may be."""
         first, last = rows
-        tile = configs.indexer("target", self.q.device, self.q.dtype, 64)
+        tile = configs_sparse.indexer("target", self.q.device, self.q.dtype, 64)
         queries = 1 if self.indices is not None else min(64, triton.next_power_of_2(self.S))
         tiles = triton.cdiv(last - first, self.S) * triton.cdiv(min(self.S, last - first), queries)
         launch(
@@ -304,7 +304,7 @@ def indexer_loss(q: Tensor, k: Tensor, w: Tensor, target: Target, lse: Tensor | 
         shift[:, ::2], shift[:, 1::2] = lse.masked_fill(lse.isneginf(), 0.0), 1.0
 
     def finish(scores: Tensor, mass: Tensor, rows: tuple[int, int]) -> None:
-        block = configs.loss_block()
+        block = configs_sparse.loss_block()
         launch(
             _finish_kernel, (rows[1] - rows[0],), scores, mass, indices, loss, kept, rows[0], S, T, target.width,
             scores.stride(0), mass.stride(0), kept.stride(0), SLOTS=indices is not None, BLOCK=block, warps=8, stages=1, device=q.device)
@@ -322,7 +322,7 @@ def indexer_loss(q: Tensor, k: Tensor, w: Tensor, target: Target, lse: Tensor | 
 def _over_all_keys(q: Tensor, k: Tensor, w: Tensor, target: Target, shift: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
     """-> (first row, last row + 1), scores [≥ rows, T], mass: chunk by chunk in the same memory."""
     S, T = target.S, k.shape[1]
-    pieces = list(chunks(len(q) // S, S, configs.workspace() // (8 * T)))
+    pieces = list(chunks(len(q) // S, S, configs_sparse.workspace() // (8 * T)))
     scores, mass = torch.empty((2, max(last - first for first, last in pieces), T), device=q.device)
     for rows in pieces:
         indexer.write_scores(q, k, w, scores, rows, S, causal=True)
@@ -335,7 +335,7 @@ def indexer_loss_backward(q: Tensor, k: Tensor, w: Tensor, target: Target, kept:
     """dloss [R] and kept -> dq [R,Hi,Di], dk [B,T,Di] float32, zeroed before, dw [R,Hi] float32."""
     (R, H, D), S, T, indices = q.shape, target.S, k.shape[1], target.indices
     if indices is None:
-        block = configs.loss_block()
+        block = configs_sparse.loss_block()
         for rows, scores, mass in _over_all_keys(q, k, w, target, kept[:, 3:]):
             launch(
                 _residual_kernel, ((rows[1] - rows[0]) * triton.cdiv(T, block),), scores, mass, kept, rows[0], S, T, scores.stride(0),
@@ -344,8 +344,8 @@ def indexer_loss_backward(q: Tensor, k: Tensor, w: Tensor, target: Target, kept:
             indexer.key_gradients(q, k, w, scores, dk, rows, S, causal=True, dloss=dloss)
         return
     indexer.query_gradients(q, k, w, kept, dq, dw, (0, R), S, causal=False, dloss=dloss, indices=indices)
-    K, tile, collect = indices.shape[1], configs.indexer("key", q.device, q.dtype, D), configs.collect_block()
-    pieces = list(chunks(R // S, S, configs.workspace() // (4 * (K * D + T))))
+    K, tile, collect = indices.shape[1], configs_sparse.indexer("key", q.device, q.dtype, D), configs_sparse.collect_block()
+    pieces = list(chunks(R // S, S, configs_sparse.workspace() // (4 * (K * D + T))))
     most = max(last - first for first, last in pieces)
     part, where = torch.empty((most, K, D), device=q.device), torch.empty((most, T), dtype=torch.int32, device=q.device)
     for first, last in pieces:

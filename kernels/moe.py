@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs_moe
 from .linear import grouped, load_operand
 from .moe_activation import ACTIVATIONS, GPT_OSS, RELU2, activate
 from .moe_route import sort_slots
@@ -238,7 +238,7 @@ class Slots:
 def up(x: Tensor, w: Tensor, inner: int, bias: Tensor | None, weights: Tensor | None, slots: Slots,
        a: Tensor, z: Tensor | None, activation: str, limit: float) -> None:
     """w [E, C, H] in any layout -> a [N·K, I] and z [N·K, C], of which the first M rows are written. weights: on the input."""
-    tile = configs.experts(x.device, x.dtype, "up few" if slots.few() else "up", activation, z is not None)
+    tile = configs_moe.experts(x.device, x.dtype, "up few" if slots.few() else "up", activation, z is not None)
     tiles = slots.tiles(tile.m)
     launch(
         _up_kernel, (tiles.shape[1] * triton.cdiv(inner, tile.n),), x, w, bias, weights, slots.order, slots.offsets, tiles, a, z,
@@ -252,11 +252,11 @@ def product_and_sum(x: Tensor, w: Tensor, bias: Tensor | None, weights: Tensor |
     """out [N, columns] = Σ_k weights·(x·w + bias) of rows x [N·K, depth] and w [E, columns, depth] in any layout, in k order; for some
     columns at a time, whose slots [N·K, ..] and first column `seen` is shown."""
     columns, n_slots = out.shape[1], slots.experts.numel()
-    step = max(configs.SLOTS_BYTES // (n_slots * x.element_size()) // configs.SLOTS_STEP, 1) * configs.SLOTS_STEP
+    step = max(configs_moe.SLOTS_BYTES // (n_slots * x.element_size()) // configs_moe.SLOTS_STEP, 1) * configs_moe.SLOTS_STEP
     buffer = torch.empty((n_slots, min(step, columns)), dtype=x.dtype, device=x.device)
-    tile = configs.experts(x.device, x.dtype, f"{kind} few" if slots.few() else kind)
+    tile = configs_moe.experts(x.device, x.dtype, f"{kind} few" if slots.few() else kind)
     tiles = slots.tiles(tile.m)
-    rows, width = configs.combine_tile()
+    rows, width = configs_moe.combine_tile()
     for first in range(0, columns, step):
         n = min(step, columns - first)
         launch(

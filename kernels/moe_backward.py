@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs_moe
 from .linear import grouped
 from .moe import Slots, columns_first, product_and_sum, quarters, rows_of, rows_product, up
 from .moe_activation import ACTIVATIONS, GPT_OSS, RELU2, activate_backward
@@ -165,7 +165,7 @@ def _weight_gradient(rows: Tensor, tokens: Tensor, tokens_first: bool, scaled: b
     """out [E, P, Q] from rows [N·K, ..] and gathered tokens [N, ..] (scaled: times their slot's weight); tokens_first: P is theirs."""
     p, q = (tokens, rows) if tokens_first else (rows, tokens)
     E, P, Q = out.shape
-    tile = configs.experts(p.device, p.dtype, "dw")
+    tile = configs_moe.experts(p.device, p.dtype, "dw")
     launch(
         _dw_kernel, (E * triton.cdiv(P, tile.m) * triton.cdiv(Q, tile.n),), p, q, weights, slots.order, slots.offsets, out, P, Q,
         slots.top_k, p.stride(0), q.stride(0), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GATHER_P=tokens_first,
@@ -175,7 +175,7 @@ def _weight_gradient(rows: Tensor, tokens: Tensor, tokens_first: bool, scaled: b
 
 def _bias_gradient(q: Tensor, gathered: bool, scaled: bool, slots: Slots, weights: Tensor, out: Tensor) -> None:
     E, Q = out.shape
-    rows, columns = configs.bias_tile()
+    rows, columns = configs_moe.bias_tile()
     launch(
         _db_kernel, (E, triton.cdiv(Q, columns)), q, weights, slots.order, slots.offsets, out, Q, slots.top_k, q.stride(0), ROWS=rows,
         COLUMNS=columns, GATHERED=gathered, SCALED=scaled, warps=4, stages=1, device=q.device)
@@ -183,7 +183,7 @@ def _bias_gradient(q: Tensor, gathered: bool, scaled: bool, slots: Slots, weight
 
 def _dot_slots(p: Tensor, q: Tensor | None, by_expert: bool, partial: Tensor | None, slots: Slots, out: Tensor, again: bool) -> None:
     """out [N, K] (again: +=) partial [.., N·K] summed + ⟨p [N, columns], q⟩, q [E, columns] by expert or [N·K, columns]."""
-    rows, width = configs.dot_tile()
+    rows, width = configs_moe.dot_tile()
     columns, q = (0, p) if q is None else (q.shape[1], q)
     n_partial, partial = (0, out) if partial is None else (len(partial), partial)
     launch(
@@ -216,7 +216,7 @@ def moe_backward(
         z = torch.empty_like(dz)
         up(x, w1, inner, b_gate_up, weights if on_input else None, slots, a, z, activation, limit)
 
-    tile = configs.experts(x.device, x.dtype, "dz")
+    tile = configs_moe.experts(x.device, x.dtype, "dz")
     tiles, blocks, w2_depth = slots.tiles(tile.m), triton.cdiv(inner, tile.n), w2.transpose(1, 2)  # [E, I, H]
     partial = None if on_input else torch.empty((blocks, n_slots), dtype=torch.float32, device=x.device)
     launch(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, configs_moe
 from .primitives import convert, exact_exp, launch, logistic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -280,7 +280,7 @@ def sort_slots(experts: Tensor, counts: Tensor, order: Tensor, offsets: Tensor) 
         counts.zero_()
         offsets.zero_()
         return
-    block, bins = configs.sort_block(), triton.next_power_of_2(E + 1)
+    block, bins = configs_moe.sort_block(), triton.next_power_of_2(E + 1)
     blocks = triton.cdiv(n_slots, block)
     table = torch.empty((blocks, E + 1), dtype=torch.int32, device=device)
     launch(_histogram_kernel, (blocks,), experts, table, n_slots, E, BLOCK=block, BINS=bins, warps=4, stages=1, device=device)
@@ -317,7 +317,7 @@ def route_forward(
         size = E // groups
         padded_groups, padded_size = triton.next_power_of_2(groups), triton.next_power_of_2(size)
         top2 = grouped and group_score == "top2" and size > 1
-        rows = configs.route_rows(padded_groups * padded_size)
+        rows = configs_moe.route_rows(padded_groups * padded_size)
         launch(
             _route_kernel, (triton.cdiv(N, rows),), logits, bias, experts, weights, N, E, K, size, topk_group, logits.stride(0),
             float(scaling), ROWS=rows, GROUPS=padded_groups, SIZE=padded_size, BLOCK_K=triton.next_power_of_2(K), SCORE=kind,
@@ -334,7 +334,7 @@ def route_backward(
     if N == 0:
         return
     block = triton.next_power_of_2(E)
-    rows = configs.route_rows(2 * block)
+    rows = configs_moe.route_rows(2 * block)
     launch(
         _route_backward_kernel, (triton.cdiv(N, rows),), logits, experts, dweights, dlogits, N, E, K, logits.stride(0), float(scaling),
         ROWS=rows, BLOCK_E=block, BLOCK_K=triton.next_power_of_2(K), SCORE=SCORES.index(score), RENORMALIZE=renormalize,

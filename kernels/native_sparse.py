@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs_sparse
 from .attention import covers as attention_covers
 from .attention_tiles import LOG2E, blocks, finish, load_rows, power
 from .native_sparse_backward import block_backward
@@ -114,7 +114,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tenso
         return
     U = indices.shape[2]
     (block_d, rest_d), block_dv = blocks(D), max(16, triton.next_power_of_2(Dv))
-    tile = configs.block_sparse_tile("blocks", q.device, q.dtype, max(block_d + rest_d, block_dv))
+    tile = configs_sparse.block_sparse_tile("blocks", q.device, q.dtype, max(block_d + rest_d, block_dv))
     way = walk(indices, T, H, tile.m, block, cu_seqlens, seqlens)
     launch(
         _blocks_kernel, (way.programs,), q, k, v, out, lse, way.blocks, way.named, way.counts, cu_seqlens, seqlens,

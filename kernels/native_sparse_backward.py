@@ -6,9 +6,9 @@ Dv value dim, n blocks of a choice, M and N the rows and keys of a tile. Query i
     P = exp(s − lse),  Δ = Σ_d dO·O,  dS = P∘(dO·Vᵀ − Δ),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q,  dV = Pᵀ·dO
 
 dQ walks the blocks as the forward does. For dK and dV the pairs (query, choosing head) are sorted by the block that they name, stably, so
-that each block has a list of them in ascending order. Every query names block 0, so a list is cut into segments of configs.SEGMENT rows, a
-program each; a block of more than one has its segments' float32 sums added in order afterwards. Where a list is cut depends on nothing but
-the list, so the order of all sums is that of the sequence alone.
+that each block has a list of them in ascending order. Every query names block 0, so a list is cut into segments of
+configs_sparse.SEGMENT rows, a program each; a block of more than one has its segments' float32 sums added in order afterwards. Where a
+list is cut depends on nothing but the list, so the order of all sums is that of the sequence alone.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, configs_sparse
 from .attention_backward import CHAIN, _rows_kernel, row_weights
 from .attention_tiles import blocks, load_rows, tiles
 from .native_sparse_choose import locate
@@ -283,17 +283,17 @@ def block_backward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor
         D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, PACKED=cu_seqlens is not None, WIDE=wide, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
 
-    tile = configs.block_sparse_tile("blocks_q", q.device, q.dtype, width)
+    tile = configs_sparse.block_sparse_tile("blocks_q", q.device, q.dtype, width)
     way = walk(indices, T, H, tile.m, block, cu_seqlens, None)
     launch(
         _block_queries_kernel, (way.programs,), q, k, v, dout, level, delta, dq, way.blocks, way.named, way.counts, cu_seqlens,
         S, T, H, H // Hkv, U, shared, way.n_tiles, n_sequences, way.capacity, *strides, float(scale), M=tile.m,
         **way.constants(tile.n, block), **shapes, warps=tile.warps, stages=tile.stages)
 
-    tile = configs.block_sparse_tile("blocks_kv", q.device, q.dtype, width, whole=64 % shared == 0)
+    tile = configs_sparse.block_sparse_tile("blocks_kv", q.device, q.dtype, width, whole=64 % shared == 0)
     keys = keys_of_tile(tile.n, block)
     pieces, pairs = triton.cdiv(block, keys), max(1, tile.m // shared)
-    segment = max(1, configs.segment() * pieces // shared)
+    segment = max(1, configs_sparse.segment() * pieces // shared)
     lists = lists_of(indices, T, Hkv, block, segment, cu_seqlens)
     dk_part, dv_part = (torch.empty((max(lists.n_places, 1), block, n), dtype=torch.float32, device=q.device) for n in (D, Dv))
     n_lists = len(lists.first)

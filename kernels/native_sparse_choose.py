@@ -8,7 +8,8 @@ keys, n blocks of a choice. l', l, d: sizes of a block, of a compressed block, a
     MoBA:  score[j] = q·mean(keys of block j);  the query's own block, then the largest of those before it   (arXiv 2502.13189)
 
 Ties go to the lower block, NaN comes last. The scores are float32 whatever the dtype. A chunk of queries has its scores in memory at a time
-(configs.SCORE_BYTES), all blocks of a query; keeping the n best while scoring would sort once per tile, ten times the products' time.
+(configs_sparse.SCORE_BYTES), all blocks of a query; keeping the n best while scoring would sort once per tile, ten times the products'
+time.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, configs_sparse
 from .attention_tiles import LOG2E, blocks, floor_divide, load_rows, packed_rows, packed_tile, power, tiles
 from .primitives import convert, dot, launch
 
@@ -260,12 +261,12 @@ def choose(q: Tensor, k: Tensor, lse: Tensor | None, indices: Tensor, *, T: int,
         return
     G, means = H // Hkv, compress_block == 0
     block_d, rest_d = blocks(D)
-    tile = configs.block_sparse_tile("means" if means else "scores", q.device, q.dtype, block_d + rest_d)
+    tile = configs_sparse.block_sparse_tile("means" if means else "scores", q.device, q.dtype, block_d + rest_d)
     heads = 1 if means else min(triton.next_power_of_2(G), tile.m)
     queries, ld = tile.m // heads, triton.cdiv(T, block)
     n_tiles = tiles(S, queries, cu_seqlens)
     every = n_tiles * B
-    chunk = min(every, max(1, configs.SCORE_BYTES // (4 * queries * X * max(ld, 1))))
+    chunk = min(every, max(1, configs_sparse.SCORE_BYTES // (4 * queries * X * max(ld, 1))))
     scores = torch.empty(chunk * queries * X * ld, dtype=torch.float32, device=q.device)
     packed, some = cu_seqlens is not None, max(16, min(MOST, triton.next_power_of_2(max(ld, 1))))
     rows = queries if configs.INTERPRET else min(queries, 4)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, mla
+from . import configs, configs_sparse, mla
 from .attention_tiles import blocks, cache_rows, finish, load_fp8_rows, load_rows, merge, packed_rows, packed_tile, softmax_step
 from .primitives import dot, is_wide, launch, load_tile
 
@@ -235,7 +235,7 @@ def sparse_attention(q: Tensor, kv: Tensor, v: Tensor | None, indices: Tensor, o
     (S, H, D), (Hkv, K), Dv = x.q.shape[1:], x.indices.shape[1:], out.shape[-1]
     rows, fp8 = len(x.indices), kv.dtype == torch.uint8
     block_d, rest_d, block_dv = widths(D, Dv, x.latent, fp8)
-    tile = configs.sparse_tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, fp8)
+    tile = configs_sparse.sparse_tile("forward", q.device, q.dtype, block_d + rest_d, block_dv, fp8)
     split = configs.key_split()
     n_splits = max(triton.cdiv(K, split), 1)
     at_once, part, total, peak = rows, None, None, None  # [at_once, H, n_splits, Dv], [at_once, H, n_splits] twice

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, configs_sparse
 from .attention_backward import CHAIN, row_terms, row_weights
 from .attention_tiles import cache_rows, load_rows
 from .primitives import again, dot, launch, load_tile
@@ -242,7 +242,7 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
             torch.sum(dsink, (0, 2), out=dsinks)
         block_d, rest_d, block_dv = widths(D, Dv, x.latent)
         options = dict(PACKED=cu_seqlens_q is not None, SEQLENS=seqlens is not None)
-        tile_p, tile_q = (configs.sparse_tile(name, q.device, q.dtype, block_d + rest_d, block_dv) for name in ("pairs", "queries"))
+        tile_p, tile_q = (configs_sparse.sparse_tile(name, q.device, q.dtype, block_d + rest_d, block_dv) for name in ("pairs", "queries"))
         m = min(tile_p.m, max(16, triton.next_power_of_2(G)))
         chunk = min(max(pair_bytes // (Hkv * K * (width * 4 + 20 + G * q.element_size())), 1), R)
         share = torch.empty(chunk * Hkv * K * width, dtype=torch.float32, device=q.device)
@@ -257,7 +257,7 @@ def sparse_attention_backward(q: Tensor, kv: Tensor, v: Tensor | None, indices: 
                 *x.sequences, first, R, S, x.capacity, Hkv, G, K, n_sequences,
                 *x.k.stride()[:3], *x.v.stride()[:3], float(scale), 1.0 / scale,
                 D=D, DV=Dv, BLOCK_D=block_d, REST_D=rest_d, BLOCK_DV=block_dv, M=m, N=tile_p.n, LATENT=x.latent,
-                TRANSPOSED=configs.sparse_transposed(q.device, q.dtype),
+                TRANSPOSED=configs_sparse.sparse_transposed(q.device, q.dtype),
                 warps=tile_p.warps, stages=tile_p.stages, device=q.device, **options)
             sorted_keys, order = torch.sort(keys[:n_pairs], stable=True)
             launch(

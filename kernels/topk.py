@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs_sparse
 from .primitives import launch
 
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -228,7 +228,7 @@ def select(scores: Tensor, lengths: Tensor | None, values: Tensor | None, indice
     if N * k == 0:
         return
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int16
-    plan = configs.topk(N, T)
+    plan = configs_sparse.topk(N, T)
     constants: dict[str, Any] = dict(
         INF=INFINITY[scores.dtype], DIGITS=bits.itemsize, LENGTHS=lengths is not None, VALUES=values is not None, BLOCK=plan.block,
         warps=plan.warps, stages=2, device=scores.device)

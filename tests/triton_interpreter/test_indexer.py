@@ -14,7 +14,7 @@ import thinkernel as tk
 import torch
 from rule import assert_within
 from test_attention import paged
-from thinkernel.kernels import configs
+from thinkernel.kernels import configs_sparse
 from thinkernel.ops.memory import poisoned_results
 from thinkernel.reference import sparse as reference
 from thinkernel.testing.cases import CASES, Case
@@ -114,7 +114,7 @@ def test_selection_chunk_by_chunk_and_alone(S: int) -> None:
     with tk.use_backend("triton"):
         found = tk.indexer_topk(q, k, w, top_k=9)
         for size in (1, 4 * (S + 10) * S, 1 << 24):
-            with mock.patch.object(configs, "workspace", lambda size=size: size):
+            with mock.patch.object(configs_sparse, "workspace", lambda size=size: size):
                 assert torch.equal(tk.indexer_topk(q, k, w, top_k=9), found)
         assert torch.equal(tk.indexer_topk(q[1:, -1:], k[1:], w[1:, -1:], top_k=9), found[1:, -1:])
         leaves = [x.clone().requires_grad_() for x in (q, k, w)]
@@ -251,7 +251,7 @@ def test_loss_with_the_attention_s_lse(name: str) -> None:
 def test_loss_s_bits_by_batch_and_chunk(K: int) -> None:
     problem = Problem(Sizes(B=3, S=7, K=K, H=2, Hi=2), torch.float32)
     found = problem.run()
-    with mock.patch.object(configs, "workspace", lambda: 1):
+    with mock.patch.object(configs_sparse, "workspace", lambda: 1):
         for n, x in problem.run().items():
             assert_bitwise(x, found[n], n)
     alone = Problem(dataclasses.replace(problem.sizes, B=1), torch.float32)

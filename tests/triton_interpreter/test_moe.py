@@ -10,7 +10,7 @@ import pytest
 import thinkernel as tk
 import torch
 from rule import assert_within
-from thinkernel.kernels import configs
+from thinkernel.kernels import configs_moe
 from thinkernel.reference import moe as reference
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise, check
@@ -91,7 +91,7 @@ def test_bits_again_and_of_a_token_alone(name: str) -> None:
 def test_columns_at_a_time_are_not_in_the_bits(weight_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, options = expert_inputs(Draw(3), N=9, H=140, inner=16, E=2, K=2, biases=True), dict(weight_on=weight_on)
     want = run(tk.moe, inputs, options)
-    monkeypatch.setattr(configs, "SLOTS_BYTES", 1)  # 64 columns at a time
+    monkeypatch.setattr(configs_moe, "SLOTS_BYTES", 1)  # 64 columns at a time
     for n, x in run(tk.moe, inputs, options).items():
         assert_bitwise(x, want[n], n)
 

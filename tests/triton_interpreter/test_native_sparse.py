@@ -12,7 +12,7 @@ import thinkernel as tk
 import torch
 from rule import assert_within
 from test_rule import DTYPES
-from thinkernel.kernels import configs
+from thinkernel.kernels import configs_sparse
 from thinkernel.kernels import native_sparse as kernels
 from thinkernel.kernels import native_sparse_choose as choose_kernels
 from thinkernel.ops.native_sparse import block_attention_op, native_sparse_attention_op
@@ -84,7 +84,7 @@ def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> T
 def test_the_choice_is_the_references(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """25 blocks of which 6 are chosen; float16 with the scores of one tile of queries at a time."""
     if dtype == torch.float16:
-        monkeypatch.setattr(configs, "SCORE_BYTES", 1)
+        monkeypatch.setattr(configs_sparse, "SCORE_BYTES", 1)
     S, T, top = 19, 200, 6
     sizes = dict(block=8, compress_block=4, stride=2, top_n=top, window=6)
     inputs = nsa_inputs(Draw(9, dtype), 1, S, T, 4, 2, 16, 16, sizes)

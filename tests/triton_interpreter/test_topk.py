@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import thinkernel as tk
 import torch
-from thinkernel.kernels import configs
+from thinkernel.kernels import configs_sparse
 from thinkernel.ops.memory import poisoned_results
 from thinkernel.reference import sparse as reference
 from torch import Tensor
@@ -68,16 +68,16 @@ def test_any_cutting_gives_the_same_and_a_row_is_its_own() -> None:
     with tk.use_backend("triton"):
         want = tk.topk(scores, 200)
         for part in (256, 1024):
-            plan = configs.Parts(256, 4, part, -(-1300 // part))
-            with mock.patch.object(configs, "topk", lambda rows, length, plan=plan: plan):
+            plan = configs_sparse.Parts(256, 4, part, -(-1300 // part))
+            with mock.patch.object(configs_sparse, "topk", lambda rows, length, plan=plan: plan):
                 assert all(torch.equal(x, y) for x, y in zip(tk.topk(scores, 200), want, strict=True))
-        with mock.patch.object(configs, "topk", lambda rows, length: configs.Parts(128, 4, length, 1)):
+        with mock.patch.object(configs_sparse, "topk", lambda rows, length: configs_sparse.Parts(128, 4, length, 1)):
             assert all(torch.equal(x, y[1:2]) for x, y in zip(tk.topk(scores[1:2], 200), want, strict=True))
 
 
 @pytest.mark.slow
 def test_a_million_scores_and_thousands_kept() -> None:
-    with mock.patch.object(configs, "topk", lambda rows, length: configs.Parts(16384, 8, 131072, 8)):
+    with mock.patch.object(configs_sparse, "topk", lambda rows, length: configs_sparse.Parts(16384, 8, 131072, 8)):
         same(draw("ties", 1, 1_000_003, dtype=torch.float32), 2048)
     same(draw("specials", 1, 20_000, dtype=torch.bfloat16), 9000)
 
