@@ -27,8 +27,13 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   static constexpr int64_t kProbs = kHalfProbs, kWork = 2 * kHalf;   // work: scores of a panel, or twice 32 columns of values
   static int64_t beats(int64_t rows, int64_t D, int64_t Dv) {
     const int64_t panels = (rows + kPanel - 1) / kPanel;
+#if !defined(__AMX_BF16__)
+    if (rows <= kFew) return kKeys / kLine * (2 * (D / 32) + (rows > 12 ? 2 : 1) * (Dv / 32));
+#endif
     return kKeys / kLine * (panels * D / 32 + (rows <= kFew ? Dv / 8 : panels * Dv / 32));
   }
+
+  static int64_t beats_of_scores(int64_t rows, int64_t D) { return beats(least(rows, kPanel), D, 0); }
 
   static void unfold(float* o, int64_t Dv) { unpacked_columns(o, Dv); }
 
@@ -158,13 +163,17 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     constexpr int64_t kLines = 4;  // for which sums stay in registers
     for (int64_t i = 0; i < count; i += kLines) {
       const int64_t n = least(kLines, count - i);
-      for (int64_t j = 0; j < n; ++j) pack_line<C>(lines[i + j], d, v + j * C * 2 * kTile, next);
+      NoBeat none;  // while it packs: what is fetched comes with the products, evenly
+      for (int64_t j = 0; j < n; ++j) pack_line<C>(lines[i + j], d, v + j * C * 2 * kTile, none);
       for (int c = 0; c < C; ++c)
         dot_block<2, 32>({probs + i * kTile, 32, kTile, v + c * 2 * kTile, C * 2 * kTile, o + 32 * c, ldo, 16}, rows, n,
-                         first && i == 0 ? Join::none : Join::chain, [] {});
+                         first && i == 0 ? Join::none : Join::chain, [&] { next.beat(); });
     }
 #endif
   }
+  struct NoBeat {
+    void beat() {}
+  };
   // 32 C columns of a line of keys, each 32 as Packing lays them.
   template <int C, class Next> static void pack_line(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
     const bf16* row = line.at + d;
@@ -216,7 +225,7 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     for (int64_t i = 0; i < steps; i += kChain)
       dot_block<N, 0>({line.at + i * 32, line.step, 32, q + i * 2 * kTile, 2 * kTile, s, 16, kHalf}, kLine, least(kChain, steps - i),
                       i ? Join::sum : Join::none, [&] {
-                        if (turn++ % (N + 1) == 0) next.beat();  // rows go in two groups (N = 1) or three
+                        if (N == 1 || turn++ % 3 == 0) next.beat();  // keys go in two groups of 16 or three of 12 and 8
                       });
 #endif
   }
