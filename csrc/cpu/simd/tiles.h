@@ -66,10 +66,6 @@ struct TileRegion {
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~TileRegion() { _tile_release(); }
-  static void whole() {
-    constexpr uint8_t bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64}, tall[8] = {16, 16, 16, 16, 16, 16, 16, 16};
-    configure_tiles(bytes, tall);
-  }
   TileRegion(const TileRegion&) = delete;
   TileRegion& operator=(const TileRegion&) = delete;
 };
