@@ -57,14 +57,7 @@ template <class St> struct Stream<St, float> {
 
   static void scores(const St* k, int64_t stride, int64_t D, const float* q, int64_t rows, float* s, Ahead& next) {
     for (int64_t key = 0; key < kLine; key += W, k += W * stride, s += W)
-      for (int64_t r = 0; r < rows;) {
-        const int64_t left = rows - r, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (n == 8) scores_of<8>(k, stride, D, q + r * D, s + r * kLd, next);
-        else if (n == 4) scores_of<4>(k, stride, D, q + r * D, s + r * kLd, next);
-        else if (n == 2) scores_of<2>(k, stride, D, q + r * D, s + r * kLd, next);
-        else scores_of<1>(k, stride, D, q + r * D, s + r * kLd, next);
-        r += n;
-      }
+      by_groups<8>(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + r * D, s + r * kLd, next); });
   }
 
   // Keys [at, at + kLine) of the split, of which [first, end) is walked in order; both are multiples of kLine.
@@ -73,13 +66,7 @@ template <class St> struct Stream<St, float> {
     constexpr int64_t KB = Gemm<float>::KB;
     float* part = o + rows * ldo;
     const bool open = at == first || at % KB == 0;
-    for (int64_t r = 0; r < rows;) {
-      const int64_t left = rows - r, n = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (n == 4) values_of<4>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open, next);
-      else if (n == 2) values_of<2>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open, next);
-      else values_of<1>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open, next);
-      r += n;
-    }
+    by_groups<4>(rows, [&]<int R>(int64_t r) { values_of<R>(v, stride, Dv, s + r * kLd + at, part + r * ldo, ldo, open, next); });
     if (at + kLine != end && (at + kLine) % KB != 0) return;
     // A summation block is complete: its sum joins that of the block before, if there is one.
     const bool joins = first / KB < at / KB;
@@ -207,11 +194,11 @@ template <> struct Stream<bf16, bf16> {
 #if !defined(__AMX_BF16__)
   static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
     for (int64_t t = 0; t < 2; ++t, k += 16 * stride, s += 16)
-      by_eights(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + 2 * r, rows, s + r * kLd, next); });
+      by_groups<8>(rows, [&]<int R>(int64_t r) { scores_of<R>(k, stride, D, q + 2 * r, rows, s + r * kLd, next); });
   }
   static void values(const bf16* v, int64_t stride, int64_t Dv, const float*, const bf16* probs, int64_t rows, int64_t at, int64_t first,
                      int64_t, float* o, int64_t ldo, float*, Ahead& next) {
-    by_eights(rows, [&]<int R>(int64_t r) { values_of<R>(v, stride, Dv, probs + (at + r) * 32, at > first, o + r * ldo, ldo, next); });
+    by_groups<8>(rows, [&]<int R>(int64_t r) { values_of<R>(v, stride, Dv, probs + (at + r) * 32, at > first, o + r * ldo, ldo, next); });
   }
 #else
   static void scores(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {
@@ -280,16 +267,6 @@ template <> struct Stream<bf16, bf16> {
 
  private:
 #if !defined(__AMX_BF16__)
-  template <class F> static void by_eights(int64_t rows, const F& f) {
-    for (int64_t r = 0; r < rows;) {
-      const int64_t left = rows - r, n = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (n == 8) f.template operator()<8>(r);
-      else if (n == 4) f.template operator()<4>(r);
-      else if (n == 2) f.template operator()<2>(r);
-      else f.template operator()<1>(r);
-      r += n;
-    }
-  }
   // 16 keys, one a lane
   template <int R>
   static void scores_of(const bf16* k, int64_t stride, int64_t D, const bf16* q, int64_t rows, float* s, Ahead& next) {

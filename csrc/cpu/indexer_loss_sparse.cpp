@@ -44,7 +44,8 @@ template <class S> struct NamedRows {
     for (int64_t r = 0; r < heads; r += kPanel) Mm::pack_b(q + r * dim, dim, least(kPanel, heads - r), dim, to + r * kp);
   }
   // Products with n rows of list, and the rows side by side in lines; those after them (up to `left` in all) are fetched meanwhile.
-  int64_t products(const KeyRows<S>& rows, int64_t b, int64_t g, const int32_t* list, int64_t n, int64_t left, const T* q, T* copy, Line<T>* lines, float* s) const {
+  int64_t products(const KeyRows<S>& rows, int64_t b, int64_t g, const int32_t* list, int64_t n, int64_t left, const T* q, T* copy, typename Block::Keys* lines,
+                   float* s) const {
     const int64_t count = gather(rows, b, g, list, n, dim, width, copy, lines);
     GatherAhead<S> next(rows, nullptr, {b, g, list + n, least(kKeys, left - n), 1 << 30}, dim, 0);
     next.spread(Block::beats(heads, dim, 0));
@@ -100,7 +101,7 @@ template <class S> struct Loss {
   // Products of all named keys with the heads of one group: s [block][half][keys, W].
   void products(const Rows& rows, const KeyRows<S>& keys, int64_t b, int64_t g, int64_t count, const Mine& m) const {
     for (int64_t k = 0; k < count; k += kKeys) {
-      Line<T> lines[kKeys / kLine];
+      typename Rows::Block::Keys lines[kKeys / kLine];
       rows.products(keys, b, g, m.list + k, least(kKeys, count - k), count - k, m.q, m.copy, lines, m.s + k / kKeys * rows.block_floats());
     }
   }
@@ -247,7 +248,7 @@ template <class S> struct Gradients {
     bool sees[64];
     for (bool& any : sees) any = true;
     for (int64_t k = 0; k < count; k += kKeys) {
-      Line<T> lines[kKeys / kLine];
+      typename Block::Keys lines[kKeys / kLine];
       const int64_t n = least(kKeys, count - k), line_count = index.products(index_keys, b, 0, list + k, n, count - k, m.q, m.copy, lines, m.s);
       for (int64_t half = 0; half < 2 * index.panels; half += 2) {
         vf w[2], dw[2] = {};

@@ -114,11 +114,20 @@ template <class T> inline bool read_group_fast(const uint8_t* x, float scale, T*
   const uint32_t bits = float_to_bits(scale);
   const int32_t power = (int32_t)(bits >> 23) - 127;
   if ((bits & 0x807fffff) != 0 || power < -117 || power > 119) return false;
-  const __m512i low7 = _mm512_set1_epi8(0x7f);
-  const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(x), low7), low7) |
-                        _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(x + 64), low7), low7);
-  if (nan) return false;
+  const __m512i low7 = _mm512_set1_epi8(0x7f), eight = _mm512_set1_epi8(8), most = _mm512_set1_epi8(0x7e - 8);
+  const __m512i first = _mm512_and_si512(_mm512_loadu_si512(x), low7), second = _mm512_and_si512(_mm512_loadu_si512(x + 64), low7);
   const __m512i shift = _mm512_set1_epi16((int16_t)(power * 128)), offset = _mm512_add_epi16(shift, _mm512_set1_epi16(120 * 128));
+  // No exponent 0 (below eight), no NaN: nearly always, and half the work.
+  if (!(_mm512_cmpgt_epu8_mask(_mm512_sub_epi8(first, eight), most) | _mm512_cmpgt_epu8_mask(_mm512_sub_epi8(second, eight), most))) {
+    const __m512i kept = _mm512_set1_epi16((int16_t)0x87f0);
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < kGroup; d += 32) {
+      const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(x + d)));
+      put_words(to + d, _mm512_add_epi16(_mm512_and_si512(_mm512_slli_epi16(word, 4), kept), offset));
+    }
+    return true;
+  }
+  if (_mm512_cmpeq_epi8_mask(first, low7) | _mm512_cmpeq_epi8_mask(second, low7)) return false;
   // Exponent 0: m 2^-9.
   const __m512i tiny = _mm512_mask_add_epi16(
       _mm512_setzero_si512(), 0xfe,

@@ -16,11 +16,20 @@
 
 namespace tk::TK_ISA {
 
-// kLine latents at a constant stride, of which those past the end of a sequence are zeros.
+// kLine latents, of which those past the end of a sequence are zeros: at a constant stride, as AMX's tiles are loaded, or each
+// anywhere. A Block says in Block::Keys which it takes.
 template <class T> struct Line {
   const T* at;
   int64_t step;
 };
+template <class T> struct Places {
+  const T* at[kLine];
+};
+// Side by side, `width` apart.
+template <class T> inline void lay(const T* rows, int64_t width, Line<T>* line) { *line = {rows, width}; }
+template <class T> inline void lay(const T* rows, int64_t width, Places<T>* line) {
+  for (const T*& at : line->at) at = rows, rows += width;
+}
 
 // Scores s [keys, W] of half a panel of rows -> probabilities, m and l [W] brought up to date. keys: whole lines. Row i sees the
 // first limit[i] of them, shrink[i] becomes what its o is to be multiplied by. put(k, x): kLine / W vectors' worth of keys from k.
@@ -86,8 +95,8 @@ template <class Block> struct ByPanels {
     Gemm<Q>::pack_b(src, stride, rows, D, to);
   }
   // q: panels of `per_row` elements a row; those whose flag is not set see nothing.
-  template <class T, class Q, class Next>
-  static void probabilities(const Transform& f, const Line<T>* lines, int64_t count, int64_t rows, const bool* sees, int64_t D, const Q* q,
+  template <class Keys, class Q, class Next>
+  static void probabilities(const Transform& f, const Keys* lines, int64_t count, int64_t rows, const bool* sees, int64_t D, const Q* q,
                             int64_t per_row, const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result,
                             float* work, Next& next) {
     for (int64_t r = 0; r < rows; r += Block::kPanel)
@@ -102,6 +111,7 @@ template <class Block> struct ByPanels {
 template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
   using Value = float;
   using Mm = Gemm<float>;
+  using Keys = Places<float>;  // each latent where it lies
   using ByPanels::probabilities;
   static constexpr int64_t kKeys = 256;        // of a block
   static constexpr int64_t kPanel = 2 * W;
@@ -122,7 +132,7 @@ template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
 
   // Probabilities of a panel's first `rows` rows over `count` lines; q packed. first: o holds nothing yet.
   template <class Next>
-  static void probabilities(const Transform& f, const Line<float>* lines, int64_t count, int64_t rows, int64_t D, const float* q,
+  static void probabilities(const Transform& f, const Keys* lines, int64_t count, int64_t rows, int64_t D, const float* q,
                             const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* s, float*, Next& next) {
     products(lines, count, rows, D, q, s, next);
     for (int64_t h = 0; h * W < rows; ++h) {
@@ -137,17 +147,17 @@ template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
   }
   // S^T alone: s [half of the panel][keys, W]
   template <class Next>
-  static void products(const Line<float>* lines, int64_t count, int64_t rows, int64_t D, const float* q, float* s, Next& next) {
+  static void products(const Keys* lines, int64_t count, int64_t rows, int64_t D, const float* q, float* s, Next& next) {
     for (int64_t d = 0; d < D; d += kScoreBlock)  // that much of the queries stays in L1 for all keys
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = least(kScoreBlock, D - d);
-        if (rows > W) scores<W == 16 ? 8 : 4, 2>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
-        else scores<W == 16 ? 16 : 8, 1>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+        if (rows > W) scores<2>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
+        else scores<1>(lines[i], d, n, q + d * kPanel, s + i * kLine * W, next);
       }
   }
   // o (+)= P V for `rows` rows; panels whose flag is not set see nothing.
   template <class Next>
-  static void values(const Line<float>* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
+  static void values(const Keys* lines, int64_t count, int64_t rows, const bool* sees, int64_t Dv, const float* probs, float* o,
                      int64_t ldo, bool first, float*, Next& next) {
     constexpr int64_t kLines = Mm::KB / kLine;  // of a summation block
     for (int64_t i = 0; i < count; i += kLines) {
@@ -167,60 +177,55 @@ template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
   }
 
  private:
-  // S^T of kLine keys, K at a time, and N halves of a panel of rows: what values d to d + n of D add to it.
+  // S^T of kLine keys and N halves of a panel of rows: what values d to d + n of D add to it.
+  template <int N, class Next>
+  static void scores(const Keys& line, int64_t d, int64_t n, const float* q, float* s, Next& next) {
+    constexpr int K = W == 16 ? (N == 1 ? 12 : 8) : 8 / N;  // keys at a time: their sums and places stay in registers
+    int64_t key = 0;
+    for (; key + K <= kLine; key += K) some_scores<K, N>(line.at + key, d, n, q, s + key * W, next);
+    if constexpr (kLine % K != 0) some_scores<kLine % K, N>(line.at + key, d, n, q, s + key * W, next);
+  }
   template <int K, int N, class Next>
-  static __attribute__((noinline)) void scores(const Line<float>& line, int64_t d, int64_t n, const float* q, float* s, Next& next) {
-    const int64_t step = line.step;
-    for (int64_t key = 0; key < kLine; key += K, s += K * W) {
-      for (int i = 0; i < 4; ++i) next.beat();
-      vf acc[K][N];
+  static __attribute__((noinline)) void some_scores(const float* const* at, int64_t d, int64_t n, const float* q, float* s, Next& next) {
+    for (int i = 0; i < (K + 2) / 4; ++i) next.beat();
+    vf acc[K][N];
+    const float* row[K];
 #pragma GCC unroll 16
-      for (int i = 0; i < K; ++i)
+    for (int i = 0; i < K; ++i) {
+      row[i] = at[i] + d;
 #pragma GCC unroll 2
-        for (int h = 0; h < N; ++h) acc[i][h] = zero();
-      const float* row[(K + 2) / 3];  // every third row: the two after it are within reach of an address
-#pragma GCC unroll 16
-      for (int i = 0; i < K; i += 3) row[i / 3] = line.at + (key + i) * step + d;
-      const float* x = q;
-      for (int64_t left = n; left; --left, x += kPanel) {
-        vf y[N];
-#pragma GCC unroll 2
-        for (int h = 0; h < N; ++h) y[h] = load(x + h * W);
-#pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) {
-          const vf k = splat(row[i / 3][i % 3 * step]);
-#pragma GCC unroll 2
-          for (int h = 0; h < N; ++h) acc[i][h] = fma(k, y[h], acc[i][h]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < K; i += 3) ++row[i / 3];
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < K; ++i)
-#pragma GCC unroll 2
-        for (int h = 0; h < N; ++h) {
-          float* to = s + h * kHalf + i * W;
-          store(to, d > 0 ? load(to) + acc[i][h] : acc[i][h]);
-        }
+      for (int h = 0; h < N; ++h) acc[i][h] = zero();
     }
+    for (int64_t j = 0; j < n; ++j, q += kPanel) {
+      vf y[N];
+#pragma GCC unroll 2
+      for (int h = 0; h < N; ++h) y[h] = load(q + h * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) {
+        const vf k = splat(row[i][j]);
+#pragma GCC unroll 2
+        for (int h = 0; h < N; ++h) acc[i][h] = fma(k, y[h], acc[i][h]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < K; ++i)
+#pragma GCC unroll 2
+      for (int h = 0; h < N; ++h) {
+        float* to = s + h * kHalf + i * W;
+        store(to, d > 0 ? load(to) + acc[i][h] : acc[i][h]);
+      }
   }
 
   // o[rows, C vectors] (+)= P V over n lines; `left` columns are left where a vector may reach past the last one (C = 1).
   template <int C, class Next>
-  static void columns(const Line<float>* lines, int64_t n, int64_t d, int64_t left, int64_t rows, const float* p, float* o,
+  static void columns(const Keys* lines, int64_t n, int64_t d, int64_t left, int64_t rows, const float* p, float* o,
                       int64_t ldo, bool add, Next& next) {
-    constexpr int R = W == 16 ? 8 : W == 8 ? 4 : 2;
-    for (int64_t r = 0; r < rows;) {
-      const float* x = p + r / W * kHalf + r % W;
-      const int64_t some = rows - r;
-      if (some >= R) tile<R, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += R;
-      else if (some >= 4) tile<4, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 4;
-      else if (some >= 2) tile<2, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 2;
-      else tile<1, C>(lines, n, d, left, x, o + r * ldo, ldo, add, next), r += 1;
-    }
+    by_groups<W / 2>(rows, [&]<int R>(int64_t r) {
+      tile<R, C>(lines, n, d, left, p + r / W * kHalf + r % W, o + r * ldo, ldo, add, next);
+    });
   }
   template <int R, int C, class Next>
-  static __attribute__((noinline)) void tile(const Line<float>* lines, int64_t n, int64_t d, int64_t left, const float* p, float* o, int64_t ldo, bool add,
+  static __attribute__((noinline)) void tile(const Keys* lines, int64_t n, int64_t d, int64_t left, const float* p, float* o, int64_t ldo, bool add,
                    Next& next) {
     vf acc[R][C];
 #pragma GCC unroll 8
@@ -229,10 +234,9 @@ template <> struct LatentBlock<float> : ByPanels<LatentBlock<float>> {
       for (int c = 0; c < C; ++c) acc[r][c] = zero();
     const bool tail = C == 1 && left < W;
     for (int64_t i = 0; i < n; ++i) {
-      const float* v = lines[i].at + d;
-      const int64_t step = lines[i].step;
       for (int u = 0; u < 4; ++u) next.beat();
-      for (int64_t k = 0; k < kLine; ++k, v += step, p += W) {
+      for (int64_t k = 0; k < kLine; ++k, p += W) {
+        const float* v = lines[i].at[k] + d;
         vf x[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) x[c] = tail ? load_n(v, (int)left) : load(v + c * W);

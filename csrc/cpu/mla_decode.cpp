@@ -10,6 +10,7 @@
 // B batch, Sq new queries, H heads, D values of a latent, Dv of them its value, R = Sq H rows of a sequence, query by query.
 #include "latent_cache.h"
 #include "mla_kernels.h"
+#include "mla_dots.h"
 #include "mla_split.h"
 #include "mla_tiles.h"
 
@@ -36,6 +37,7 @@ template <class S, class Kv> struct Mla {
   using Q = FastCompute<S>;
   using Block = LatentBlock<Q>;
   using T = typename Block::Value;
+  using Keys = typename Block::Keys;
   using Mm = Gemm<Q>;
   static constexpr int64_t kPanel = Block::kPanel;
 
@@ -76,25 +78,38 @@ template <class S, class Kv> struct Mla {
     const Q* q;
   };
 
+  // A line of keys from `at` on where they lie, if they can be taken from there.
+  bool find(int64_t b, int64_t at, int64_t end, T*, Line<T>* line) const {
+    if (at + kLine > end || tokens.run(at, end) < kLine) return false;
+    *line = {tokens.row(b, at), tokens.step(at)};
+    return true;
+  }
+  bool find(int64_t b, int64_t at, int64_t end, T* zeros, Places<T>* line) const {
+    int64_t k = 0;
+    while (k < kLine && at + k < end) {
+      const int64_t some = least(kLine - k, tokens.run(at + k, end)), step = tokens.step(at + k);
+      const T* row = tokens.row(b, at + k);
+      for (int64_t i = 0; i < some; ++i, row += step) line->at[k++] = row;
+    }
+    if (k < kLine) memset((void*)zeros, 0, Block::width(D) * sizeof(T));
+    while (k < kLine) line->at[k++] = zeros;
+    return true;
+  }
   // Lines of keys [j, j + n) of sequence b, where they lie or copied.
-  void stage(int64_t b, int64_t j, int64_t n, T* copy, Line<T>* lines, Ahead<Kv>& next) const {
+  void stage(int64_t b, int64_t j, int64_t n, T* copy, Keys* lines, Ahead<Kv>& next) const {
     const int64_t width = Block::width(D), end = tokens.count(b);
     for (int64_t i = 0; i * kLine < n; ++i, copy += kLine * width) {
       const int64_t at = j + i * kLine;
-      bool lies = false;
       if constexpr (same_type<Kv, T>) {
-        lies = Block::takes(D) && at + kLine <= end && tokens.run(at, end) >= kLine;
-        if (lies) lines[i] = {tokens.row(b, at), tokens.step(at)};
+        if (Block::takes(D) && find(b, at, end, copy, lines + i)) continue;
       }
-      if (!lies) {
-        lines[i] = {copy, width};
-        for (int64_t k = 0; k < kLine; ++k) {
-          T* to = copy + k * width;
-          next.beat();
-          const bool in = at + k < end;
-          if (in) read_latent(tokens.row(b, at + k), D, to);
-          memset((void*)(to + (in ? D : 0)), 0, (width - (in ? D : 0)) * sizeof(T));
-        }
+      lay(copy, width, lines + i);
+      for (int64_t k = 0; k < kLine; ++k) {
+        T* to = copy + k * width;
+        next.beat();
+        const bool in = at + k < end;
+        if (in) read_latent(tokens.row(b, at + k), D, to);
+        memset((void*)(to + (in ? D : 0)), 0, (width - (in ? D : 0)) * sizeof(T));
       }
     }
   }
@@ -127,7 +142,7 @@ template <class S, class Kv> struct Mla {
     Ahead<Kv> next = fetch({x.b, index * kLatentSplit}, end);
     for (int64_t k = 0; k < end; k += Block::kKeys) {
       const int64_t n = least(Block::kKeys, end - k);
-      Line<T> lines[Block::kKeys / kLine];
+      Keys lines[Block::kKeys / kLine];
       const int64_t count = (n + kLine - 1) / kLine;
       next.spread(Block::beats_of_scores(x.count, D));  // what is left of this block, before the scores need it
       stage(x.b, index * kLatentSplit + k, n, copy, lines, next);

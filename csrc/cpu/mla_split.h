@@ -24,6 +24,7 @@ namespace tk::TK_ISA {
 template <> struct LatentBlock<bf16x3> {
   using Value = float;
   using Mm = Gemm<bf16x3>;
+  using Keys = Line<float>;
   static constexpr int64_t kKeys = 128, kPanel = 32;  // with blocks of 256 not all stays in L2: 1.07 to 1.11 times as long
   static constexpr int64_t kTile = Mm::kTile, kPart = Mm::kPart, kStep = Mm::kStep;  // kStep: planes of 32 x 32
   static constexpr int64_t kChain = 6;               // steps of 32 values of D

@@ -1,54 +1,26 @@
-// mla_block.h's block of keys in bf16, on AMX tiles or (simd/dots.h) vectors.
+// mla_block.h's block of keys in bf16 on AMX tiles.
 //
-// Layouts, a tile 16 x 32 bf16:  queries as Gemm<bf16>::pack_b lays them; probabilities of half a panel [lines][16 rows][32 keys];
-// 32 columns of values of a line [2 tiles][16 pairs of keys][16 columns][2], the columns in the order of Packing below
+// Layouts beside mla_bf16.h's:  32 columns of values of a line [2 tiles][16 pairs of keys][16 columns][2], the columns in the order of
+// Packing below
 #pragma once
 
-#include "mla_block.h"
+#include "mla_bf16.h"
 
 namespace tk::TK_ISA {
 
-#if defined(__AVX512BF16__)
-template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
-  using Value = bf16;
-  using Mm = Gemm<bf16>;
-  using ByPanels::probabilities;
-  static constexpr int64_t kKeys = 256;  // of a block
-  static constexpr int64_t kPanel = 32, kTile = Mm::kTile;
-  static constexpr int64_t kHalf = kKeys * 16;       // floats of the scores of half a panel, [keys, 16 rows]
-  static constexpr int64_t kHalfProbs = kKeys * 16;  // elements, [lines, 16 rows, 32 keys]
-  static constexpr int64_t kColumns = kKeys * 32;    // elements of 32 columns of values
-  static constexpr int64_t kChain = 6;               // steps of 32 values of D, without AMX
-  static constexpr int64_t kFew = 16;                // rows whose values are packed a line of keys at a time
+#if defined(__AMX_BF16__)
 
-  static int64_t width(int64_t D) { return round_up(D, 32); }
-  static bool takes(int64_t D) { return D % 32 == 0; }  // else a tile row would reach past the latent
-  static int64_t ld_o(int64_t Dv) { return round_up(Dv, 32) + 16; }  // no power of two: the rows of a tile fall in different sets
-  static constexpr int64_t kProbs = kHalfProbs, kWork = 2 * kHalf;   // work: scores of a panel, or twice 32 columns of values
+template <> struct LatentBlock<bf16> : RoundedBlock<LatentBlock<bf16>> {
+  using Keys = Line<bf16>;
+  static constexpr int64_t kColumns = kKeys * 32;   // elements of 32 columns of values
+  static constexpr int64_t kFew = 16;               // rows whose values are packed a line of keys at a time
+  static constexpr int64_t kWork = 2 * kHalf;       // floats: scores of a panel, or twice 32 columns of values
+
   static int64_t beats(int64_t rows, int64_t D, int64_t Dv) {
     const int64_t panels = (rows + kPanel - 1) / kPanel;
-#if !defined(__AMX_BF16__)
-    if (rows <= kFew) return kKeys / kLine * (2 * (D / 32) + (rows > 12 ? 2 : 1) * (Dv / 32));
-#endif
     return kKeys / kLine * (panels * D / 32 + (rows <= kFew ? Dv / 8 : panels * Dv / 32));
   }
 
-  static int64_t beats_of_scores(int64_t rows, int64_t D) { return beats(least(rows, kPanel), D, 0); }
-
-  static void unfold(float* o, int64_t Dv) { unpacked_columns(o, Dv); }
-
-  template <class Next>
-  static void probabilities(const Transform& f, const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q,
-                            const int32_t* limit, float* m, float* l, float* o, int64_t ldo, bool first, float* result, float* s,
-                            Next& next) {
-    const int64_t halves = rows > 16 ? 2 : 1;
-    products(lines, count, rows, D, q, s, next);
-    for (int64_t h = 0; h < halves; ++h) {
-      alignas(64) float shrink[16];
-      softmax(f, s + h * kHalf, count * kLine, limit + h * 16, m + h * 16, l + h * 16, shrink, (bf16*)result + h * kHalfProbs);
-      if (!first) shrink_rows(shrink, least(16, rows - h * 16), o + h * 16 * ldo, ldo);
-    }
-  }
   template <class Next>
   static void products(const Line<bf16>* lines, int64_t count, int64_t rows, int64_t D, const bf16* q, float* s, Next& next) {
     const int64_t steps = Mm::padded_k(D) / 32;
@@ -64,8 +36,8 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     bf16* v = (bf16*)work;
     if (rows <= kFew) {
       int64_t d = sees[0] ? 0 : Dv;
-      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, rows, d, (const bf16*)probs, v, o + d, ldo, first, next);
-      for (; d < Dv; d += 32) few_rows<1>(lines, count, rows, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d + 64 <= Dv; d += 64) few_rows<2>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
+      for (; d < Dv; d += 32) few_rows<1>(lines, count, d, (const bf16*)probs, v, o + d, ldo, first, next);
       return tile_fence();
     }
     int64_t panels = 0;
@@ -88,6 +60,38 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   }
 
  private:
+  // S^T of kLine keys and N halves of a panel of rows.
+  template <int N, class Next> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s, Next& next) {
+    const bf16 *a = line.at, *below = a + 16 * line.step;
+    const int64_t bytes = line.step * 2;
+    tile_fence();
+    tile_zero<0>();
+    tile_zero<2>();
+    if constexpr (N == 2) {
+      tile_zero<1>();
+      tile_zero<3>();
+    }
+    for (; steps; --steps, a += 32, below += 32, q += 2 * kTile) {
+      next.beat();
+      tile_stream_load<4>(a, bytes);  // past L1, where the queries stay
+      tile_load<6>(q, 64);
+      tile_dot<0, 4, 6>();
+      tile_stream_load<5>(below, bytes);
+      tile_dot<2, 5, 6>();
+      if constexpr (N == 2) {
+        tile_load<7>(q + kTile, 64);
+        tile_dot<1, 4, 7>();
+        tile_dot<3, 5, 7>();
+      }
+    }
+    tile_store<0>(s, 64);
+    tile_store<2>(s + 256, 64);
+    if constexpr (N == 2) {
+      tile_store<1>(s + kHalf, 64);
+      tile_store<3>(s + kHalf + 256, 64);
+    }
+  }
+
   // Columns d to d + 32 of some lines of values as right operands, pairs of keys interleaved: [lines][2 tiles][16 pairs]
   // [16 columns][2], the columns in the order that the instruction gives: tile 0 holds 0-3, 8-11, ..., tile 1 the others.
   // unfold() undoes it.
@@ -115,9 +119,8 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
   // multiplied, into 8 KiB that go round. With more of them, or with the lines after it fetched into L1, this took half again as
   // long: latents lie 1152 bytes apart and share a few sets of L1.
   template <int C, class Next>
-  static void few_rows(const Line<bf16>* lines, int64_t count, [[maybe_unused]] int64_t rows, int64_t d, const bf16* probs, bf16* v,
-                       float* o, int64_t ldo, bool first, Next& next) {
-#if defined(__AMX_BF16__)
+  static void few_rows(const Line<bf16>* lines, int64_t count, int64_t d, const bf16* probs, bf16* v, float* o, int64_t ldo, bool first,
+                       Next& next) {
     constexpr int64_t kRing = 2, kAhead = 1, kSize = C * 2 * kTile;
     const int64_t bytes = ldo * 4;
     tile_fence();
@@ -159,21 +162,7 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
       tile_store<2>(o + 32, bytes);
       tile_store<3>(o + 48, bytes);
     }
-#else
-    constexpr int64_t kLines = 4;  // for which sums stay in registers
-    for (int64_t i = 0; i < count; i += kLines) {
-      const int64_t n = least(kLines, count - i);
-      NoBeat none;  // while it packs: what is fetched comes with the products, evenly
-      for (int64_t j = 0; j < n; ++j) pack_line<C>(lines[i + j], d, v + j * C * 2 * kTile, none);
-      for (int c = 0; c < C; ++c)
-        dot_block<2, 32>({probs + i * kTile, 32, kTile, v + c * 2 * kTile, C * 2 * kTile, o + 32 * c, ldo, 16}, rows, n,
-                         first && i == 0 ? Join::none : Join::chain, [&] { next.beat(); });
-    }
-#endif
   }
-  struct NoBeat {
-    void beat() {}
-  };
   // 32 C columns of a line of keys, each 32 as Packing lays them.
   template <int C, class Next> static void pack_line(const Line<bf16>& line, int64_t d, bf16* to, Next& next) {
     const bf16* row = line.at + d;
@@ -189,69 +178,10 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
     }
   }
 
-  // S^T of kLine keys and N halves of a panel of rows.
-  template <int N, class Next> static void scores(const Line<bf16>& line, int64_t steps, const bf16* q, float* s, Next& next) {
-#if defined(__AMX_BF16__)
-    const bf16 *a = line.at, *below = a + 16 * line.step;
-    const int64_t bytes = line.step * 2;
-    tile_fence();
-    tile_zero<0>();
-    tile_zero<2>();
-    if constexpr (N == 2) {
-      tile_zero<1>();
-      tile_zero<3>();
-    }
-    for (; steps; --steps, a += 32, below += 32, q += 2 * kTile) {
-      next.beat();
-      tile_stream_load<4>(a, bytes);  // past L1, where the queries stay
-      tile_load<6>(q, 64);
-      tile_dot<0, 4, 6>();
-      tile_stream_load<5>(below, bytes);
-      tile_dot<2, 5, 6>();
-      if constexpr (N == 2) {
-        tile_load<7>(q + kTile, 64);
-        tile_dot<1, 4, 7>();
-        tile_dot<3, 5, 7>();
-      }
-    }
-    tile_store<0>(s, 64);
-    tile_store<2>(s + 256, 64);
-    if constexpr (N == 2) {
-      tile_store<1>(s + kHalf, 64);
-      tile_store<3>(s + kHalf + 256, 64);
-    }
-#else
-    int64_t turn = 0;
-    for (int64_t i = 0; i < steps; i += kChain)
-      dot_block<N, 0>({line.at + i * 32, line.step, 32, q + i * 2 * kTile, 2 * kTile, s, 16, kHalf}, kLine, least(kChain, steps - i),
-                      i ? Join::sum : Join::none, [&] {
-                        if (N == 1 || turn++ % 3 == 0) next.beat();  // keys go in two groups of 16 or three of 12 and 8
-                      });
-#endif
-  }
-
-  static void softmax(const Transform& f, float* s, int64_t keys, const int32_t* limit, float* m, float* l, float* shrink, bf16* probs) {
-    // Dwords (p of key k, p of key k + 1) of 16 rows, from their 32 rounded values.
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                                           3, 18, 2, 17, 1, 16, 0);
-    vi v[16];
-    softmax_down<true>(f, s, keys, limit, m, l, shrink, [&](int64_t k, const vf* x) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int u = 0; u < 8; u += 2)
-        v[(k % kLine + u) / 2] = (vi)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[u + 1], (__m512)x[u]));
-      if ((k + 8) % kLine != 0) return;
-      transpose(v);
-      bf16* to = probs + (k + 8 - kLine) * 16;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, (__m512i)v[i]);
-    });
-  }
-
   // o[N halves, 32] (+)= P V. Between the products `share` pairs of the next values are packed a step.
   template <int N, class Next>
   static void add_values(int64_t count, const bf16* probs, const bf16* v, float* o, int64_t ldo, bool first,
                          Packing& pack, int64_t share, Next& next) {
-#if defined(__AMX_BF16__)
     const int64_t bytes = ldo * 4;
     float* below = o + 16 * ldo;
     tile_fence();
@@ -291,15 +221,9 @@ template <> struct LatentBlock<bf16> : ByPanels<LatentBlock<bf16>> {
       tile_store<2>(below, bytes);
       tile_store<3>(below + 16, bytes);
     }
-#else
-    int64_t turn = 0;
-    for (int h = 0; h < N; ++h)
-      dot_block<2, 32>({probs + h * kHalfProbs, 32, kTile, v, 2 * kTile, o + h * 16 * ldo, ldo, 16}, 16, count, first ? Join::none : Join::chain, [&] {
-        if (turn++ % (2 * N) == 0) next.beat(), pack.some(share);  // each half in two groups
-      });
-#endif
   }
 };
+
 #endif
 
 }  // namespace tk::TK_ISA

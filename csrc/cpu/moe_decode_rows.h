@@ -57,14 +57,7 @@ template <class S, class T> struct RowBlock {
 
   // out[t * ldo + i] = <row i, x[t]>, over K values; x holds zeros behind them.
   void multiply(int64_t K, const T* const* x, int64_t tokens, float* out, int64_t ldo, BlockFetch fetch) const {
-    for (int64_t t = 0; t < tokens;) {
-      const int64_t left = tokens - t, r = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (r == 8) some<8>(K, x + t, out + t * ldo, ldo, fetch);
-      else if (r == 4) some<4>(K, x + t, out + t * ldo, ldo, fetch);
-      else if (r == 2) some<2>(K, x + t, out + t * ldo, ldo, fetch);
-      else some<1>(K, x + t, out + t * ldo, ldo, fetch);
-      t += r;
-    }
+    by_groups<kTogether>(tokens, [&]<int R>(int64_t t) { some<R>(K, x + t, out + t * ldo, ldo, fetch); });
   }
 
  private:

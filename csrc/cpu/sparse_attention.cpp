@@ -103,7 +103,7 @@ template <class S, class Kv> struct Forward {
     for (int64_t k = 0; k < n; k += Block::kKeys) {
       const int64_t some = least(Block::kKeys, n - k);
       const int32_t* list = m.list + from + k;
-      Line<T> lines[Block::kKeys / kLine], value_lines[Block::kKeys / kLine];
+      typename Block::Keys lines[Block::kKeys / kLine], value_lines[Block::kKeys / kLine];
       const int64_t line_count = gather(keys, x.b, x.g, list, some, D, width, m.copy, lines);
       if (apart) gather(values, x.b, x.g, list, some, Dv, value_width, m.value_copy, value_lines);
       alignas(64) int32_t limit[kPanel];

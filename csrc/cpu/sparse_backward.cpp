@@ -139,7 +139,7 @@ template <class S> struct Backward {
       GatherAhead<S> next;
       for (int64_t k = 0; k < count; k += Block::kKeys) {
         const int64_t keys_now = least(Block::kKeys, count - k), after = least(Block::kKeys, count - k - keys_now);
-        Line<T> lines[Block::kKeys / kLine], value_lines[Block::kKeys / kLine];
+        typename Block::Keys lines[Block::kKeys / kLine], value_lines[Block::kKeys / kLine];
         const int64_t line_count = gather(keys, b, g, list + k, keys_now, D, width, copy, lines);
         if (apart) gather(values, b, g, list + k, keys_now, Dv, value_width, value_copy, value_lines);
         next = GatherAhead<S>(keys, apart ? &values : nullptr, {b, g, list + k + keys_now, after, key_count(p, b)}, D, Dv);

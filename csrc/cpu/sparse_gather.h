@@ -4,6 +4,7 @@
 #pragma once
 
 #include "latent_cache.h"
+#include "mla_dots.h"
 #include "mla_tiles.h"
 #include "sparse.h"
 
@@ -108,11 +109,20 @@ template <class Kv> class GatherAhead {
   bool value_ = false;
 };
 
-// n named rows of `values` values side by side in `copy` as `width` each, the last line of them filled with zeros -> lines.
-template <class Kv, class T>
-inline int64_t gather(const KeyRows<Kv>& x, int64_t b, int64_t g, const int32_t* list, int64_t n, int64_t values, int64_t width, T* copy, Line<T>* lines) {
+// n named rows of `values` values -> lines, the last one of them filled with zeros. They are copied, side by side, `width` values each,
+// but where keys may lie anywhere: then `copy` holds what is not there as it is wanted.
+template <class Kv, class T, class Keys>
+inline int64_t gather(const KeyRows<Kv>& x, int64_t b, int64_t g, const int32_t* list, int64_t n, int64_t values, int64_t width, T* copy, Keys* lines) {
   const int64_t count = (n + kLine - 1) / kLine;
-  for (int64_t i = 0; i < count; ++i) lines[i] = {copy + i * kLine * width, width};
+  if constexpr (same_type<Keys, Places<Kv>>) {
+    if (width == values) {
+      for (int64_t i = 0; i < n; ++i) lines[i / kLine].at[i % kLine] = x.row(b, g, list[i]);
+      if (n < count * kLine) memset((void*)copy, 0, width * sizeof(T));
+      for (int64_t i = n; i < count * kLine; ++i) lines[i / kLine].at[i % kLine] = copy;
+      return count;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) lay(copy + i * kLine * width, width, lines + i);
   for (int64_t i = 0; i < n; ++i, copy += width) {
     read_latent(x.row(b, g, list[i]), values, copy);
     if (width > values) memset((void*)(copy + values), 0, (width - values) * sizeof(T));

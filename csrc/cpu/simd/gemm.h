@@ -427,13 +427,13 @@ template <> struct Gemm<bf16> {
   static void tiles_2x2(int64_t steps, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add, const bf16* ahead,
                         int per_step, const float*) {
     const int lines = (per_step + 2) / 3;  // 32 rows are three groups
-    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, 32, steps, join<kOneChain>(add), [&] {
+    dot_block(32, steps, a, b, c, ldc, join<kOneChain>(add), [&] {
       for (int i = 0; i < lines; ++i, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
     });
   }
   template <bool kOneChain>
   static void tiles_1x2(int64_t steps, int rows, const bf16* a, const bf16* b, float* c, int64_t ldc, bool add) {
-    dot_block<2, 32>({a, 32, 2 * kTile, b, 2 * kTile, c, ldc, 16}, rows, steps, join<kOneChain>(add), [] {});
+    dot_block(rows, steps, a, b, c, ldc, join<kOneChain>(add), [] {});
   }
 #endif
 };

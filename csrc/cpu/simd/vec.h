@@ -342,4 +342,10 @@ __attribute__((always_inline)) inline void transpose(vi* v) {
   transpose_round<1>(v);
 }
 
+// f<R>(r) for rows r to r + R, the largest R (a power of two) as often as they last, then half of it, and so on.
+template <int R, class F> inline void by_groups(int64_t rows, const F& f, int64_t r = 0) {
+  for (; r + R <= rows; r += R) f.template operator()<R>(r);
+  if constexpr (R > 1) by_groups<R / 2>(rows, f, r);
+}
+
 }  // namespace tk::TK_ISA
