@@ -218,8 +218,8 @@ def topk(rows: int, length: int) -> Parts:
 
 def indexer(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, quantised: bool = False) -> Tile:
     """The tile of the indexer's "scores", "query", "key", "target" or "lse" kernel. Fewer keys where rows are wide, and where their width
-    is no power of two (masks and addresses take registers); with both, nothing is fetched ahead. Fewer pairs and keys where float32
-    queries meet quantised keys."""
+    is no power of two (masks and addresses take registers); with both, nothing is fetched ahead, and float16's gradients, which are
+    scaled by powers of two, have fewer still. Fewer pairs and keys where float32 queries meet quantised keys."""
     if INTERPRET:
         return Tile(16, 32, 1, 1)
     half = kind(dtype) == "half"
@@ -228,6 +228,8 @@ def indexer(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, qua
     halvings = (dim > 128) + (dim & (dim - 1) > 0)
     if quantised and not half:
         return found._replace(m=found.m // 2, n=max(found.n >> halvings + 1, least))
+    if halvings > 1 and dtype == torch.float16 and kernel in ("query", "key"):
+        return Tile(64, 16, 8, 1) if kernel == "query" else Tile(32, 64, 8, 1)
     return found._replace(n=max(found.n >> halvings, least), stages=1 if halvings > 1 else found.stages)
 
 

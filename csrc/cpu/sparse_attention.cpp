@@ -1,9 +1,9 @@
 // Attention over selected keys: s = scale q . k[idx], o = softmax(s) v[idx], lse; slots that name no key count for nothing.
 //
-// The named keys of a query are copied side by side, a block at a time, while the rows of the next block are on their way into
-// L2; the block then is what a block of a latent cache is (mla_block.h), for all heads that share it. Keys are cut into splits of
-// kSparseSplit from the first named one, and splits are merged in order. With queries enough for all threads an item of work is
-// all splits of a query, else one; the bits are the same.
+// A block of named keys is what a block of a latent cache is (mla_block.h), for all heads that share it, while the rows of the next
+// block are on their way into L2. Keys are taken from where they lie; AMX's tiles want them at one stride, so for those they are copied
+// side by side, as are keys of another type. Keys are cut into splits of kSparseSplit from the first named one, and splits are merged in
+// order. With queries enough for all threads an item of work is all splits of a query, else one; the bits are the same.
 //
 // B batch, H heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, K slots
 #include "sparse_gather.h"

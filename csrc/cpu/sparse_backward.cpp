@@ -3,10 +3,10 @@
 //   p = gate e^(scale s - lse) / (sum of e^(scale s - lse)),  ds = scale (p (dout . v - delta) + p / gate dlse),  gate = 1 / (1 + e^(sink - lse))
 //   dq = sum ds k,  dk[idx] += ds q,  dv[idx] += p dout,  dsink = -sum delta (1 - gate),  delta = dout . out
 //
-// Queries are taken kChunk at a time, in two passes. The first goes query by query: scores and probabilities once more (a copy of the
-// named keys, as forward), dq, and for every pair of a query and a key one row [ds of W heads | p of W heads]. The second sums what the
-// pairs add to their keys, by the matrix [q; dout] of each query (sparse_pairs.h). Memory beside the results: the sums of one sequence
-// in float, T (D + Dv), and the pairs of a chunk.
+// Queries are taken kChunk at a time, in two passes. The first goes query by query: scores and probabilities once more (as forward), dq,
+// and for every pair of a query and a key one row [ds of W heads | p of W heads]. The second sums what the pairs add to their keys, by
+// the matrix [q; dout] of each query (sparse_pairs.h). Memory beside the results: the sums of one sequence in float, T (D + Dv), and the
+// pairs of a chunk.
 //
 // B batch, H heads, Hkv key heads, G = H / Hkv, D head dim, Dv value dim, K slots, C columns of sums
 #include "sparse_gather.h"

@@ -1,4 +1,4 @@
-// The keys that a query's indices name: which they are, where they lie, and their way into a block of rows side by side.
+// The keys that a query's indices name: which they are, where they lie, and how they become a block of keys (mla_block.h).
 //
 // D values of a key, Dv of a value, K slots of a query.
 #pragma once
@@ -109,8 +109,8 @@ template <class Kv> class GatherAhead {
   bool value_ = false;
 };
 
-// n named rows of `values` values -> lines, the last one of them filled with zeros. They are copied, side by side, `width` values each,
-// but where keys may lie anywhere: then `copy` holds what is not there as it is wanted.
+// n named rows of `values` values -> lines, the last of them filled up with zeros: where the rows lie if Keys may be anywhere and they
+// are of T and need no padding, else in `copy`, side by side, `width` values each.
 template <class Kv, class T, class Keys>
 inline int64_t gather(const KeyRows<Kv>& x, int64_t b, int64_t g, const int32_t* list, int64_t n, int64_t values, int64_t width, T* copy, Keys* lines) {
   const int64_t count = (n + kLine - 1) / kLine;
