@@ -97,6 +97,26 @@ template <class T> struct Grad {
   }
 };
 
+// <dO, O> of W queries. One all of whose keys are among the `rows` from j0 on takes gate Σ p dP / Σ p of these very products: of few
+// keys dP - <dO, O> is small, and the roundings of dP cancel as well then, which those of O do not. s, dp: [rows, ld]
+template <class T>
+inline vf dot_here(const Grad<T>& grad, const float* s, const float* dp, int64_t ld, int64_t j0, int64_t rows, vf logit, vf rest,
+                   const vf* gate, vi lo, vi hi, vf dot) {
+  vi few = (lo >= splat((int32_t)j0)) & (hi <= splat((int32_t)(j0 + rows))) & (hi - lo > (gate ? 0 : 1));
+  if (!any(few)) return dot;
+  vf sum = zero(), weighted = zero();
+  for (int64_t r = 0; r < rows; ++r) {
+    vf slope;
+    const vi j = splat((int32_t)(j0 + r)), in = (lo <= j) & (j < hi);
+    const vf p = select(in, grad.probability(load(s + r * ld), logit, rest, &slope), zero());
+    sum += p;
+    weighted = fma(p, select(in, load(dp + r * ld), zero()), weighted);
+  }
+  const vf mean = weighted / sum;
+  few &= abs(sum - 1.0f) < 1e-3f;  // else lse is of more keys than these
+  return select(few, gate ? mean * *gate : mean, dot);
+}
+
 // Groups [a, b) of queries that see something of keys [k0, k1).
 template <class T> inline void groups_seeing(const BlockOperands<T>& o, int64_t group, int64_t k0, int64_t k1, int64_t* a, int64_t* b) {
   const int64_t groups = (o.queries + group - 1) / group;
@@ -219,10 +239,7 @@ template <> struct GradBlock<float> {
       vi lo, hi;
       memcpy(&lo, o.seen.lo + q, sizeof lo);
       memcpy(&hi, o.seen.hi + q, sizeof hi);
-      // A row all of whose keys are here takes <dO, O> = gate Σ p dP / Σ p from these very products: of few keys dP - <dO, O> is
-      // small, and the roundings of dP cancel as well then, which those of O do not.
-      const vi few = (lo >= splat((int32_t)j0)) & (hi <= splat((int32_t)(j0 + rows))) & (hi - lo > (o.gate ? 0 : 1));
-      if (any(few)) dot = dot_here(grad, o, q, j0, rows, dp, logit, rest, gate, lo, hi, few, dot);
+      dot = dot_here(grad, s + q, dp + q, kLdq, j0, rows, logit, rest, o.gate ? &gate : nullptr, lo, hi, dot);
       for (int64_t r = 0; r < rows; ++r) {
         vf p, d;
         grad(load(s + r * kLdq + q), load(dp + r * kLdq + q), logit, rest, dot, o.dlse ? &dlse : nullptr, o.gate ? &gate : nullptr,
@@ -235,20 +252,6 @@ template <> struct GradBlock<float> {
         store(dp + r * kLdq + q, d);
       }
     }
-  }
-  vf dot_here(const Grad<float>& grad, const BlockOperands<float>& o, int64_t q, int64_t j0, int64_t rows, const float* dp, vf logit,
-              vf rest, vf gate, vi lo, vi hi, vi few, vf dot) const {
-    vf sum = zero(), weighted = zero();
-    for (int64_t r = 0; r < rows; ++r) {
-      vf slope;
-      const vi j = splat((int32_t)(j0 + r));
-      const vf p = select((lo <= j) & (j < hi), grad.probability(load(s + r * kLdq + q), logit, rest, &slope), zero());
-      sum += p;
-      weighted = fma(p, load(dp + r * kLdq + q), weighted);
-    }
-    const vf mean = weighted / sum;
-    few &= abs(sum - 1.0f) < 1e-3f;  // else lse is of more keys than these
-    return select(few, o.gate ? mean * gate : mean, dot);
   }
 };
 

@@ -119,7 +119,7 @@ template <> struct GradBlock<bf16x3> {
   template <bool whole>
   void elements(const Grad<bf16x3>& grad, const BlockOperands<bf16x3>& o, int64_t g, int64_t k) {
     const int64_t j0 = o.first_key + k, q = g * kGroup;
-    const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)}, dot[2] = {load(o.dot + q), load(o.dot + q + W)};
+    const vf logit[2] = {load(o.logit + q), load(o.logit + q + W)};
     const vf rest[2] = {load(o.rest + q), load(o.rest + q + W)};
     vf dlse[2] = {}, gate[2] = {};
     if (o.dlse) dlse[0] = load(o.dlse + q), dlse[1] = load(o.dlse + q + W);
@@ -127,8 +127,14 @@ template <> struct GradBlock<bf16x3> {
     vi lo[2], hi[2], one[2];
     memcpy(lo, o.seen.lo + q, sizeof lo);
     memcpy(hi, o.seen.hi + q, sizeof hi);
-    for (int u = 0; u < 2; ++u) one[u] = hi[u] - lo[u] == 1;
     const float* scores = s + k * kLdq;
+    vf dot[2];
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = q + u * W;
+      one[u] = hi[u] - lo[u] == 1;
+      dot[u] = dot_here(grad, scores + at, dp + at, kLdq, j0, kPanel, logit[u], rest[u], o.gate ? gate + u : nullptr, lo[u], hi[u],
+                        load(o.dot + at));
+    }
     bf16* across = ds_across + 3 * (q * kKeys + k * 32);
     for (int64_t r = 0; r < kPanel; r += 2) {
       Mm::Parts pair[2];
