@@ -83,7 +83,7 @@ def _probability_kernel(q_ptr, k_ptr, lse_ptr, score_ptr, cu_ptr, cu_keys_ptr, s
         row = tl.arange(0, M)
         t = q0 + row // HEADS  # [M]
         p = t + T - S
-        seen = tl.minimum(tl.maximum(floor_divide(p - COMPRESS, STRIDE) + 1, 0), keys)
+        seen = tl.minimum(tl.maximum(floor_divide(p + 1 - COMPRESS, STRIDE) + 1, 0), keys)
         p_last = tl.minimum(q0 + QUERIES, S) - 1 + T - S
         count = tl.where(p_last >= 0, p_last // BLOCK + 1, 0)
         q_at = q_ptr + b * stride_qb + (first + t) * stride_qs  # [M]

@@ -90,10 +90,11 @@ def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> T
     return same | ((lowest[0] - lowest[1]).abs() <= 16 * 2**-23 * scores.abs().amax(-1))
 
 
+@pytest.mark.parametrize("compress_block", [4, 20])  # the last compressed block a query sees reaches back past its own blocks, or not
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_choice_is_the_references(dtype):
+def test_the_choice_is_the_references(dtype, compress_block):
     """Blocks may differ only where their float64 scores lie within 16 float32 ulps of the largest."""
-    sizes = dict(block=8, compress_block=4, stride=2, top_n=6, window=6)
+    sizes = dict(block=8, compress_block=compress_block, stride=2, top_n=6, window=6)
     inputs = nsa_inputs(Draw(9, dtype), 2, 400, 400, 8, 2, 32, 32, sizes)
     wide = {n: x.double() for n, x in inputs.items()}
     position, block = torch.arange(400), torch.arange(50)
@@ -101,9 +102,9 @@ def test_the_choice_is_the_references(dtype):
     found = chosen_by_nsa(inputs, sizes)
     with tk.use_backend("reference"):
         exact = chosen_by_nsa(wide, sizes)
-    visible = torch.arange(199) * 2 + 3 <= position[:, None]
+    visible = torch.arange((400 - compress_block) // 2 + 1) * 2 + compress_block - 1 <= position[:, None]
     probs = reference._attend(wide["q"], wide["k_compressed"], wide["v_compressed"], visible, 32**-0.5)[2]
-    scores = reference.selection_scores(probs.sum(2), 50, 8, 4, 2).transpose(1, 2)  # [B, S, Hkv, blocks]
+    scores = reference.selection_scores(probs.sum(2), 50, 8, compress_block, 2).transpose(1, 2)  # [B, S, Hkv, blocks]
     assert near_ties(scores, (block == 0) | (block >= own - 1), found, exact).all()
     found = block_attention_op(*(inputs[n] for n in ("q", "k", "v")), None, 8, 5, 1.0)[2]
     with tk.use_backend("reference"):
@@ -176,3 +177,29 @@ def test_any_strides_and_empty_problems():
     none = nsa_inputs(Draw(7), 1, 0, 0, 4, 2, 16, 16, SMALL)
     out = tk.native_sparse_attention(*(none[n][0] for n in NAMES), **SMALL, cu_seqlens=torch.zeros(3, dtype=torch.int32))
     assert out.shape == (0, 4, 16)
+
+
+def test_compressed_keys_of_any_strides():
+    """Over a cache too, where the values of a key need not be neighbours."""
+    draw = Draw(4, torch.float32)
+    q, (k, v), (kc, vc) = draw.normal(1, 1, 4, 16), (draw.normal(1, 40, 4, 16) for _ in "kv"), (draw.normal(1, 19, 4, 16) for _ in "kv")
+    gates, options = draw.normal(1, 1, 4, 3), dict(block=4, compress_block=4, stride=2, top_n=3, window=5, seqlens=torch.tensor([40]))
+    apart = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (kc, vc)]
+    found = tk.native_sparse_attention(q, k, v, *apart, gates, **options)
+    assert_bitwise(found, tk.native_sparse_attention(q, k, v, kc, vc, gates, **options))
+
+
+def test_blocks_far_longer_than_the_sequence():
+    """As one block, in memory that goes by the sequence."""
+    sizes = dict(block=16, compress_block=4, stride=2, top_n=3, window=3)
+    inputs, huge = nsa_inputs(Draw(8, torch.float32), 1, 9, 9, 4, 2, 16, 16, sizes), dict(block=2**28)
+    wanted = grads(lambda **x: tk.native_sparse_attention(**x, **sizes), inputs)
+    for a, b in zip(grads(lambda **x: tk.native_sparse_attention(**x, **sizes | huge), inputs), wanted, strict=True):
+        assert_bitwise(a, b)
+    qkv = {n: inputs[n] for n in ("q", "k", "v")}
+    wanted = grads(lambda **x: tk.block_attention(**x, block=9, top_k=1), qkv)
+    for a, b in zip(grads(lambda **x: tk.block_attention(**x, block=2**28, top_k=1), qkv), wanted, strict=True):
+        assert_bitwise(a, b)
+    none = inputs | {n: inputs[n][:, :0] for n in ("k_compressed", "v_compressed")}
+    wanted = tk.native_sparse_attention(**none, **sizes | dict(compress_block=10))
+    assert_bitwise(tk.native_sparse_attention(**none, **sizes | dict(compress_block=2**28)), wanted)

@@ -89,7 +89,7 @@ template <class St> struct ByProbability {
   int64_t row_floats(int64_t keys) const { return round_up(shifts + keys + step + shifts + W, 16); }
 
   int64_t visible(const Sequence& x, int64_t t) const {
-    return least(x.keys, most(0, floor_div(t + x.T - x.S - p.compress_block, p.stride) + 1));
+    return least(x.keys, most(0, floor_div(t + x.T - x.S + 1 - p.compress_block, p.stride) + 1));
   }
 
   void run_chunk(const Sequence& x, int64_t g, int64_t t0, int64_t queries, const T* packed, int64_t ld, float* scratch) const {

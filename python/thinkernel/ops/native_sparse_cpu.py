@@ -41,8 +41,14 @@ def _options(causal: bool, scale: float, left: int = -1) -> tuple[Any, ...]:
     return causal, scale, left, -1, 0, 0.0
 
 
+def _within(block: int, T: int, step: int = 1) -> int:
+    """A block in multiples of `step`: one that reaches past all T keys is as one that ends behind them, and kernels size buffers by it."""
+    return min(block, (T // step + 1) * step)
+
+
 def _compressed(q: Tensor, kc: Tensor, vc: Tensor, groups: Groups, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, S, H, Dv], lse [B, S, H] over the compressed keys."""
+    kc, vc = rows_contiguous(kc), rows_contiguous(vc)
     if groups.key_counts is None:
         out, lse = attention.cpu_forward(groups.join(q), kc, vc, None, None, groups.cu_groups, groups.cu_keys, *_options(True, scale))
     elif groups.S == 1:  # one query sees all there are
@@ -152,6 +158,7 @@ def native_sparse_forward(
     branches, lse = empty((3, *q.shape[:-1], v.shape[-1]), q), empty((3, *q.shape[:-1]), q, torch.float32)
     if q.numel() == 0:
         return empty(tuple(branches.shape[1:]), q), branches, lse, empty((*q.shape[:-2], k.shape[-2], top_n), q, torch.int32)
+    block, compress_block = (_within(x, k.shape[-3], stride) for x in (block, compress_block))
     groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, seqlens)
     branches[0], lse[0] = _compressed(q, kc, vc, groups, scale)
     sizes = k.shape[-3], block, compress_block, stride, top_n, scale
@@ -201,6 +208,7 @@ def native_sparse_backward(
         **_gate_fields(branches.unbind(), wide_gates), dout=pointer(dout), dbranches=pointer(douts), dgates=pointer(dgates)
     ))  # fmt: skip
     of_compressed, of_chosen, of_window = douts
+    block, compress_block = (_within(x, k.shape[-3], stride) for x in (block, compress_block))
     groups = Groups(q, k.shape[-3], k.shape[-2], compress_block, stride, cu_seqlens, None)
     joined, wide_lse = groups.join(q), groups.join(lse[0][..., None])[..., 0].contiguous()
     dq, dkc, dvc, _ = attention.cpu_backward(
@@ -227,6 +235,7 @@ def block_forward(
     if q.numel() == 0:
         shape = (*q.shape[:-1], top_k)
         return empty((*q.shape[:-1], v.shape[-1]), q), empty(tuple(q.shape[:-1]), q, torch.float32), empty(shape, q, torch.int32)
+    block = _within(block, k.shape[-3])
     indices = _choose(q, k, None, k.shape[-3], block, 0, 1, top_k, scale, cu_seqlens, None, None)
     return (*_chosen(q, k, v, indices, block, scale, cu_seqlens, None), indices)
 
@@ -239,4 +248,4 @@ def block_backward(
     if q.numel() == 0:
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
-    return _chosen_backward(dout, out, lse, q, k, v, indices, block, scale, cu_seqlens)
+    return _chosen_backward(dout, out, lse, q, k, v, indices, _within(block, k.shape[-3]), scale, cu_seqlens)
