@@ -190,6 +190,20 @@ def test_any_shape_and_stride(sizes, dtype, causal, padded, layouts, seed):
     _check_all(q, k, v, causal=causal, key_start=start, backward=T >= 8 and S <= T, seed=seed)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_very_large_scores_in_bfloat16(size):
+    """Up to 1e12: the largest keeps its probability, however long the row; a decoded row too."""
+    draw = Draw(12, torch.bfloat16)
+    q, k, v = draw.normal(1, 70, 4, 64) * size, draw.normal(1, 1300, 2, 64) * size, draw.normal(1, 1300, 2, 64)
+    _check_all(q, k, v, causal=True, scale=0.1, backward=False)
+    seqlens = torch.tensor([1300])
+    out, lse = tk.attention_decode(q[:, :1], k, v, seqlens=seqlens, scale=0.1, return_lse=True)
+    want = reference.attention_decode(q[:, :1].double(), k.double(), v.double(), seqlens=seqlens, scale=0.1)
+    base = reference.attention_decode(q[:, :1], k, v, seqlens=seqlens, scale=0.1)
+    check(out, want[0], base[0], name="out")
+    check(lse, want[1], base[1], name="lse")
+
+
 def test_rows_that_see_nothing():
     q, k, v = _inputs(17, torch.float32, 2, 12, 5, 2, 1, 8, 8)
     start = torch.tensor([0, 5], dtype=torch.int32)

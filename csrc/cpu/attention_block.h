@@ -191,6 +191,8 @@ inline float row_max(const Transform& f, float* s, const RowLines& x) {
   return reduce_max(top[0]);
 }
 
+inline constexpr float kFar = 4096.0f;  // of c m: past it 2^(rounding of c m) is off by more than 2^-13
+
 // Row r of a block: its transformed scores, whose maximum is m, -> probabilities over [k0, k1), zeros outside [lo, hi), and
 // their sum, while a Probs<T>::Mode lives. k0 and k1 are multiples of kLine, k0 <= lo, hi <= k1.
 template <class T>
@@ -199,8 +201,11 @@ inline __attribute__((always_inline)) float row_probs(const Transform& f, float 
   constexpr int U = kLine / W, N = kStep;
   const float* s = scores + r * kLd;
   T* row = Probs<T>::row(scores, probs, r);
-  // c (s - m), exact at the maximum; with one rounding less for 16-bit probabilities, whose 1 stays 1 all the same.
-  const vf c = splat(f.c), shift = Probs<T>::kRounded ? splat(m) * c : splat(m);
+  // c (s - m), exact at the maximum; for 16-bit probabilities c s - c m, one rounding less, unless c m is so large that its own shows.
+  const bool far = Probs<T>::kRounded && fabsf(m * f.c) > kFar;
+  const vf c = splat(f.c), shift = far ? zero() : Probs<T>::kRounded ? splat(m) * c : splat(m);
+  if (far)
+    for (int64_t i = at.first; i < at.last; i += W) store(scores + r * kLd + i, load(scores + r * kLd + i) - m);
   const auto exponents = [&]<int n>(const float* s, vf* x) __attribute__((always_inline)) {
     if constexpr (Probs<T>::kRounded) {
 #pragma GCC unroll 8

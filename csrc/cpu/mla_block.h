@@ -59,7 +59,16 @@ inline void softmax_down(const Transform& f, float* s, int64_t keys, const int32
   store(m, now);
   store(shrink, factor);
 
-  const vf c = splat(f.c), shift = kRounded ? now * c : now;
+  const vf c = splat(f.c);
+  vf shift = kRounded ? now * c : now;
+  if constexpr (kRounded) {  // as in row_probs (attention_block.h)
+    const vi far = (abs(shift) > kFar) & (see > 0);
+    if (any(far)) {
+      const vf base = select(far, now, zero());
+      for (int64_t k = 0; k < keys; ++k) store(s + k * W, load(s + k * W) - base);
+      shift = select(far, zero(), shift);
+    }
+  }
   vf sum[4] = {zero(), zero(), zero(), zero()};
   for (int64_t k = 0; k < keys; k += N) {
     vf x[N];
