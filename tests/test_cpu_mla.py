@@ -400,10 +400,48 @@ def test_bad_append_and_gather():
         (dict(latent=draw.normal(2, 32)), "latent: got shape"), (dict(seqlens=torch.tensor([9, 1])), "seqlens: got 9"),
         (dict(seqlens=torch.tensor([6, 5])), "block_table: got 9"), (dict(block_table=torch.zeros(1, 2, dtype=torch.int32)), "block_table"),
         (dict(kv_cache=draw.normal(1, 4, 48).expand(5, 4, 48)), "kv_cache: got an expanded"),
-        (dict(kv_cache=torch.zeros(5, 4, 656, dtype=torch.uint8)), "rope: got 16"),
+        (dict(kv_cache=torch.zeros(5, 4, 656, dtype=torch.uint8)), "latent: got size 32"),
     ]
+    for L in (576, 500, 520):  # 576 in all, but not as 512 + 64
+        latent, rope = draw.normal(2, 1, L), draw.normal(2, 1, 576 - L)
+        bad.append((dict(kv_cache=torch.zeros(5, 4, 656, dtype=torch.uint8), latent=latent, rope=rope), f"latent: got size {L}"))
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
             append(**good | changes)
+    for lengths in (None, torch.tensor(3)):
+        with pytest.raises((TypeError, ValueError), match="seqlens: got"):
+            tk.gather_latent(good["kv_cache"], seqlens=lengths)
     with pytest.raises(ValueError, match="block_table: got 9"):
         tk.gather_latent(good["kv_cache"], seqlens=torch.tensor([6, 5]), block_table=good["block_table"])
+
+
+def test_a_cache_and_autograd():
+    """Appending is an in-place change that autograd notices; no gradient goes into a cache, or comes out of it unsaid."""
+    cache, w, new = torch.zeros(1, 4, 96), torch.ones(96, requires_grad=True), torch.ones(1, 1, 64, requires_grad=True)
+    product = (cache * w).sum()
+    tk.append_latent(cache, new, torch.ones(1, 1, 32), seqlens=torch.tensor([1]))
+    assert not cache.requires_grad and cache[0, 0].eq(1).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with tk.use_backend("reference"):
+        tk.append_latent(cache, new, torch.ones(1, 1, 32), seqlens=torch.tensor([2]))
+    assert not cache.requires_grad
+    gathered = tk.gather_latent(cache.requires_grad_(), seqlens=torch.tensor([2]))
+    with pytest.raises(NotImplementedError, match="gather_latent has no gradient"):
+        gathered.sum().backward()
+    with torch.inference_mode():
+        tk.append_latent(torch.zeros(1, 4, 96), new, torch.ones(1, 1, 32), seqlens=torch.tensor([1]))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5])
+def test_very_large_scores_in_bfloat16(size):
+    """bfloat16 scores of up to 1e12: the largest keeps its probability, and lse is it."""
+    draw = Draw(11, torch.bfloat16)
+    q, cache, seqlens = draw.normal(2, 3, 8, 96) * size, draw.normal(2, 300, 96) * size, torch.tensor([300, 77])
+    run = functools.partial(tk.mla_decode, seqlens=seqlens, value_dim=64, scale=0.1, return_lse=True)
+    out, lse = run(q, cache)
+    with tk.use_backend("reference"):
+        want, want_lse = run(q.double(), cache.double())
+        base, base_lse = run(q, cache)
+    check(out, want, base, name="out")
+    check(lse, want_lse, base_lse, name="lse")

@@ -87,6 +87,33 @@ def test_double_backward_is_a_named_error():
         dq.sum().backward()
 
 
+def _twice(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result of a function whose backward op returns a list, and a leaf of it."""
+    draw = Draw(5)
+    leaf, k, w = draw.normal(1, 3, 2, 8).requires_grad_(), draw.normal(1, 3, 8), draw.normal(1, 3, 2)
+    indices = torch.tensor([[[0, -1], [0, 1], [2, 0]]], dtype=torch.int32)
+    if name == "sparse_attention":
+        return tk.sparse_attention(leaf, k, indices), leaf
+    if name == "indexer_scores":
+        return tk.indexer_scores(leaf, k, w, causal=False), leaf
+    if name == "indexer_loss":
+        return tk.indexer_loss(leaf, k, w, draw.normal(1, 3, 2, 8), k, indices=indices, scale=0.3), leaf
+    if name == "topk":
+        x = draw.normal(3, 9).requires_grad_()
+        return tk.topk(x, 2)[0], x
+    x = draw.normal(3, 8).requires_grad_()
+    experts, weights = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32), torch.rand(3, 2)
+    return tk.moe(x, draw.normal(3, 8, 8), draw.normal(3, 8, 4), weights, experts), x
+
+
+@pytest.mark.parametrize("name", ["sparse_attention", "indexer_scores", "indexer_loss", "topk", "moe"])
+def test_double_backward_of_ops_that_return_lists(name):
+    out, leaf = _twice(name)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        torch.autograd.grad(grad.square().sum(), leaf)
+
+
 def test_decode_refuses_a_gradient_by_name():
     q, cache = torch.randn(1, 1, 2, 8, requires_grad=True), torch.randn(1, 4, 2, 8)
     out = tk.attention_decode(q, cache, cache, seqlens=torch.tensor([4], dtype=torch.int32))

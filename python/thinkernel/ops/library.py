@@ -36,6 +36,7 @@ class Op:
         self.check_contents: Callable[..., None] | None = None
         self.schema = torch._C.parse_schema(f"thinkernel::{name}{schema}")
         self.argument_names = [argument.name for argument in self.schema.arguments]
+        self.written = [i for i, a in enumerate(self.schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.defaults = [argument.default_value for argument in self.schema.arguments]  # reading the schema costs 15 µs
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, self._run, "CPU")
@@ -82,6 +83,9 @@ class Op:
         if self.check_contents is not None:
             self.check_contents(*args)
         found = self.kernels[choice.backend].run(*args)
+        for i in self.written:  # kernels write through pointers: autograd is to notice, as with torch's own in-place ops
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         return _contiguous(found) if choice.backend == "reference" else found
 
     def _all_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -155,7 +159,8 @@ class Op:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                return op._below_autograd(*args)
+                outputs = op._below_autograd(*args)
+                return tuple(outputs) if isinstance(outputs, list) else outputs  # of a list autograd sees no tensors
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:

@@ -60,11 +60,13 @@ gather_latent_op = reference_op(
 
 
 def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
-    """Plain indexed copies."""
-    reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
+    """Plain indexed copies. As with the kernels, no gradient goes into the cache."""
+    with torch.no_grad():
+        reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
 
 
 append_latent_op.kernel("reference")(_append)
+gather_latent_op.refuse_gradient("a cache holds numbers alone; train through attention on the latents themselves")
 
 mla_decode_op.kernel("cpu", mla_cpu.decode_covers)(mla_cpu.decode)
 append_latent_op.kernel("cpu", mla_cpu.append_covers)(mla_cpu.append)
@@ -179,15 +181,20 @@ def append_latent(
 ) -> None:
     """Write latent [B, Sq, L] and rope [B, Sq, R] at the end of each sequence of the cache, in place.
 
-    seqlens [B] int32 **already counts the Sq new tokens**. A uint8 cache [.., 656] is quantised to FP8.
+    seqlens [B] int32 **already counts the Sq new tokens**. A uint8 cache [.., 656] is quantised to FP8 (L 512, R 64). No gradient
+    goes into the cache.
     Raises ValueError or TypeError naming the argument.
     """
     checks.tensor("latent", latent, 3, "[B, Sq, L]")
     checks.tensor("rope", rope, 3, "[B, Sq, R]")
     checks.shape("rope", rope, (*latent.shape[:2], rope.shape[-1]), "[B, Sq, R] of latent")
     check_latent_cache(kv_cache, seqlens, block_table, latent.shape[0])
-    width = 576 if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
-    if latent.shape[-1] + rope.shape[-1] != width:
+    width = kv_cache.shape[-1]
+    if kv_cache.dtype == torch.uint8:
+        width = reference.LATENT + reference.ROPE
+        checks.size("latent", latent, 2, reference.LATENT, "values of an FP8 token's latent")
+        checks.size("rope", rope, 2, reference.ROPE, "values of an FP8 token's rope")
+    elif latent.shape[-1] + rope.shape[-1] != width:
         raise ValueError(f"rope: got {rope.shape[-1]} values beside {latent.shape[-1]}, takes {width} together (kv_cache)")
     checks.writable("kv_cache", kv_cache)
     checks.same_device("kv_cache", kv_cache, latent=latent, rope=rope)
@@ -195,6 +202,10 @@ def append_latent(
 
 
 def gather_latent(kv_cache: Tensor, *, seqlens: Tensor, block_table: Tensor | None = None) -> Tensor:
-    """The cached tokens as a dense [B, T, D] tensor, zeros past each sequence's end; FP8 comes out as bfloat16."""
+    """The cached tokens as a dense [B, T, D] tensor, zeros past each sequence's end; FP8 comes out as bfloat16.
+
+    seqlens [B] int32. Not differentiable. Raises ValueError or TypeError naming the argument.
+    """
+    checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
     check_latent_cache(kv_cache, seqlens, block_table, len(seqlens))
     return gather_latent_op(kv_cache, seqlens, block_table)
