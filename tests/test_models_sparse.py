@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_models import DEEPSEEK, SPARSE, YARN, assert_close, randomize
 from thinkernel.models import ModelConfig, Transformer, config_from_hf, from_hf, hf_weights, load, load_hf_weights, preset, save
-from thinkernel.nn import SparseLatentAttention
+from thinkernel.nn import CacheStep, RotaryEmbedding, SparseLatentAttention
 from thinkernel.ops.sparse import indexer_scores, indexer_topk
 from torch import Tensor
 
@@ -178,3 +178,37 @@ def test_published_shape_of_glm_5() -> None:
     theirs = config_from_hf(transformers.GlmMoeDsaConfig())
     ours: ModelConfig = preset("glm_5")
     assert dataclasses.replace(ours, rope_theta=theirs.rope_theta) == theirs
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_cache_of_a_sparse_layer(cache_dtype: torch.dtype) -> None:
+    """Steps give what the prefill of all tokens does, to the bit: every token is seen as the cache holds it."""
+    torch.manual_seed(3)
+    sizes = dict(q_latent=36, kv_latent=32, nope_dim=24, rope_dim=8, value_dim=20)
+    layer = SparseLatentAttention(48, 4, top_k=4, indexer_heads=2, indexer_dim=16, **sizes).requires_grad_(False)
+    x, turn = torch.randn(1, 9, 48), RotaryEmbedding(8)
+    found = []
+    for parts in ([9], [6, 1, 2]):
+        cache, pieces, start = layer.new_cache(1, 12, dtype=cache_dtype, device="cpu"), [], 0
+        for size in parts:
+            end = start + size
+            step = CacheStep(torch.tensor([end], dtype=torch.int32), end, fresh=start == 0)
+            pieces.append(layer(x[:, start:end], turn(torch.arange(start, end)[None]), cache=cache, step=step))
+            start = end
+        found.append(torch.cat(pieces, 1))
+    assert torch.equal(*found)
+    if cache_dtype != torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = layer(x, turn(torch.arange(9)[None]))
+        assert (found[0] - whole).norm() < 0.3 * whole.norm()  # another key here and there
+
+
+def test_what_a_sparse_layer_refuses() -> None:
+    sizes = dict(q_latent=36, kv_latent=32, nope_dim=24, rope_dim=8, value_dim=20)
+    bad = (dict(indexer_heads=0), ValueError, "heads"), (dict(top_k=1.5), TypeError, "top_k"), (dict(top_k=0), ValueError, "top_k")
+    for changes, error, name in bad:
+        with pytest.raises(error, match=f"^{name}: got"):
+            SparseLatentAttention(48, 4, **{**dict(top_k=4, indexer_heads=2, indexer_dim=16), **sizes, **changes})
+    layer = SparseLatentAttention(48, 4, top_k=4, indexer_heads=2, indexer_dim=16, **sizes)
+    with pytest.raises(ValueError, match="^x: got shape"):
+        layer(torch.randn(9, 48), RotaryEmbedding(8)(torch.arange(9)[None]))

@@ -272,6 +272,13 @@ def test_the_prepared_weights_follow_the_weights() -> None:
     agree()
     module.bfloat16()
     agree()
+    sizes = dict(kv_latent=64, q_latent=None, nope_dim=16, rope_dim=8, value_dim=16)  # as many weights as divide by the columns
+    square = nn.MultiHeadLatentAttention(HIDDEN, 8, **sizes).requires_grad_(False)
+    square(x, rope, mode="absorbed")
+    square.kv_b_proj.weight.data[:, 1:] *= 1.5
+    assert_bitwise(square(x, rope, mode="absorbed"), copy.deepcopy(square)(x, rope, mode="absorbed"))
+    up_k = square.kv_b_proj.weight.view(8, 32, 64)[:, :16].transpose(1, 2)
+    assert_bitwise(square._up_weights()[0], up_k)
     module.kv_b_proj.weight.requires_grad_()
     assert module._up_weights()[0].requires_grad  # under autograd the weights themselves
 
@@ -285,6 +292,27 @@ def test_gradients_of_a_prefill_with_a_cache_are_those_without() -> None:
         found.append(torch.autograd.grad(module(leaf, rope, **options).square().sum(), [leaf, *module.parameters()]))
     for a, b in zip(*found, strict=True):
         assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_with_a_cache(cache_dtype: torch.dtype) -> None:
+    module = build("v3")
+    x = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(3))
+    want, _ = truth_and_baseline(module, x)
+    for mode in ("auto", "expanded", "absorbed"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = through_cache(module, x, [6, 1, 2], cache_dtype=cache_dtype, mode=mode)
+        assert (found.double() - want).norm() < 0.03 * want.norm(), mode
+
+
+def test_prepared_in_inference_mode() -> None:
+    """What a frozen module prepared there serves a caller who differentiates."""
+    module, x = build("v3"), torch.randn(1, 6, HIDDEN, requires_grad=True)
+    rope = rope_for(module, torch.arange(6)[None])
+    with torch.inference_mode():
+        module(x, rope, mode="absorbed")
+    found = module(x, rope, mode="absorbed")
+    assert_bitwise(found.detach(), build("v3")(x, rope, mode="absorbed").detach())
 
 
 def test_errors_are_named() -> None:

@@ -280,8 +280,8 @@ class Transformer(nn.Module):
         lengths [B]: real tokens of rows padded on the right; padding is left out of the experts and of the losses.
         key_start [B]: first real token of rows padded on the left (not with sparse attention, not with a cache).
         positions [B, S]: default 0 … S−1 from the row's first real token, after what the cache holds.
-        cache: the tokens are appended and see all that is in it; lengths then says how many of them are real. No
-        gradient flows through what a cache held before.
+        cache: the tokens are appended and see all that is in it; lengths then says how many of them are real. There is
+        a backward for an empty cache alone.
         sparse=False: the indexer's warm-up stage, dense attention and its loss over all keys.
         experts [B, S, expert layers, K]: routing replay, these choices (of `Generation.experts`, or an earlier forward's
         `experts`) with the live router's weights.

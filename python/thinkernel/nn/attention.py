@@ -150,8 +150,8 @@ class GroupedQueryAttention(nn.Module):
         key_start: [B] int32, the first real token of rows padded on the left. What padding rows give has no meaning.
         cu_seqlens: [B + 1] int32 offsets: x is packed sequences [N, hidden], positions restart in each
             (packed_positions).
-        cache, step: the S tokens are appended to the cache (new_cache) at step's place and see all that is in it. No
-            gradient flows through what the cache held before. Padding belongs on the right then.
+        cache, step: the S tokens are appended to the cache (new_cache) at step's place and see all that is in it. There
+            is a backward for an empty cache alone. Padding belongs on the right then.
         prefix: with a cache, keys and values before every row's own, as tk.attention_decode takes them: read once for
             all rows, not counted by step.seqlens; the rows' positions go on from it."""
         self._check(x, rope, key_start, cu_seqlens, cache, step, prefix)

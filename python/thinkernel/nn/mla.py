@@ -98,7 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         The C++ products want its rows contiguous, so without autograd the turned half is prepared once and kept until the
         weights change: by an optimiser or load_state_dict (the version), a move (the address), or behind autograd's back
-        through `.data` (a sample of values).
+        through `.data` (a sample of values: an update of few of them may go unnoticed, one through the parameter itself does not).
         """
         weight = self.kv_b_proj.weight
         heads = weight.view(self.heads, self.nope_dim + self.value_dim, self.kv_latent)
@@ -106,10 +106,11 @@ class MultiHeadLatentAttention(nn.Module):
         differentiated = torch.is_grad_enabled() and weight.requires_grad
         if differentiated or weight.device.type != "cpu" or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
             return up_k, up_v
-        sample = weight.detach().view(-1)[:: max(1, weight.numel() // SAMPLES)]
+        sample = weight.detach().view(-1)[:: weight.numel() // SAMPLES | 1]  # odd: from every column
         key = weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype
         if self._absorbed is None or self._absorbed[0] != key or not torch.equal(self._absorbed[1], sample):
-            self._absorbed = key, sample.clone(), up_k.detach().contiguous()
+            with torch.inference_mode(False):  # whoever asks next may want to differentiate
+                self._absorbed = key, sample.clone(), up_k.detach().contiguous()
         return self._absorbed[2], up_v
 
     def _expanded(
@@ -188,7 +189,8 @@ class MultiHeadLatentAttention(nn.Module):
         cu_seqlens: [sequences + 1] int32 offsets: x is packed sequences [N, hidden].
         cache, step: the S tokens are appended to the cache (new_cache: plain, pages with step.block_table, or FP8) and see all
             that is in it, as the cache holds it: with a cache of another dtype than x, the new tokens too are read back, so
-            that a token's result does not depend on how many came with it. No gradient flows through what the cache held.
+            that a token's result does not depend on how many came with it. There is a backward for an empty cache of x's dtype alone;
+            decoding belongs under torch.no_grad(), and has to be there to be compiled.
         prefix: with a cache, latents before every row's own, as tk.mla_decode takes them; the rows' positions go on from it.
         mode: "expanded" attends over full heads (the one that trains), "absorbed" over the latents themselves, by
             tk.mla_decode; "auto" takes expanded heads without a cache or for an empty one, and for more than `absorb_up_to`
@@ -217,7 +219,7 @@ class MultiHeadLatentAttention(nn.Module):
         elif step.fresh and kv_cache.dtype == latent.dtype:
             out = self._expanded(q_nope, q_rope, latent, k_rope)
         else:
-            held = gather_latent(kv_cache, seqlens=step.seqlens, block_table=table).to(x.dtype)  # [B, T, C + R]
+            held = gather_latent(kv_cache, seqlens=step.seqlens, block_table=table).to(latent.dtype)  # [B, T, C + R]
             out = self._expanded(q_nope, q_rope, *held.split((self.kv_latent, self.rope_dim), dim=-1), seqlens=step.seqlens)
         return self.o_proj(out.to(x.dtype).flatten(-2))
 

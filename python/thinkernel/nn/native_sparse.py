@@ -122,7 +122,7 @@ class NativeSparseAttention(GroupedQueryAttention):
         """x [B, S, hidden] -> [B, S, hidden], every token over itself and what came before it.
 
         rope, cu_seqlens: as in GroupedQueryAttention. cache, step: the S tokens are appended to the cache (new_cache) and see
-        all that is in it; no gradient flows through what it held before. Padding belongs on the right."""
+        all that is in it; there is a backward for an empty cache alone. Padding belongs on the right."""
         self._check(x, rope, None, cu_seqlens, cast(Any, cache), step, None)
         q, k, v, _ = self._project(x, rope)
         gates = sigmoid(self.branch_gates(x).unflatten(-1, (self.heads, 3)))  # [B, S, H, 3]

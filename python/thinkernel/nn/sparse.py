@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from thinkernel.nn.cache import CacheStep, append_rows, check_step
+from thinkernel.nn.cache import CacheStep, append_rows
 from thinkernel.nn.linear import Linear
 from thinkernel.nn.mla import MultiHeadLatentAttention
 from thinkernel.nn.rope import rotate_front
+from thinkernel.ops import checks
 from thinkernel.ops.attention import attention
 from thinkernel.ops.sparse import indexer_loss, indexer_topk, sparse_attention
 
@@ -33,6 +34,7 @@ class Indexer(nn.Module):
         self, hidden: int, q_latent: int, heads: int, dim: int, rope_dim: int, *, rope_interleaved: bool = False
     ) -> None:
         super().__init__()
+        checks.integer("heads", heads, 1)
         if rope_dim > dim:
             raise ValueError(f"dim: got {dim} indexer dims, takes at least rope_dim = {rope_dim}")
         self.heads, self.dim, self.rope_dim, self.rope_interleaved = heads, dim, rope_dim, rope_interleaved
@@ -72,8 +74,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         super().__init__(hidden, heads, q_latent=q_latent, **options)
         if q_latent is None:
             raise ValueError("q_latent: got None, takes a size (the indexer reads the query latent)")
-        if top_k < 1:
-            raise ValueError(f"top_k: got {top_k}, takes at least 1")
+        checks.integer("top_k", top_k, 1)
         self.top_k = top_k
         self.indexer = None if shared_indexer else Indexer(
             hidden, q_latent, indexer_heads, indexer_dim, self.rope_dim, rope_interleaved=indexer_rope_interleaved
@@ -106,8 +107,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
 
         sparse=False is the warm-up stage: dense attention, the loss over all keys, no indices (None). indices: of a layer
         with shared_indexer alone, what an earlier layer returned. Padding belongs on the right."""
+        self._check(x, None, None, cache, step, None, "auto")
         self._check_sparse(key_start, cache, sparse, indices, return_indexer_loss)
-        check_step(cache, step)
         q_nope, q_rope, q_latent = self._queries(x, rope)
         latent, k_rope = self._latents(x, rope)
         kv = torch.cat((latent, k_rope), dim=-1)  # [B, S, C + R]
@@ -120,7 +121,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
                 append_rows(cache[0], kv, step)
                 if index is not None:
                     append_rows(cache[1], index[1], step)
-                if not step.fresh:
+                if not step.fresh or cache[0].dtype != kv.dtype:  # as the cache holds them, whether they came alone or not
                     seqlens, extent = step.seqlens, step.extent
                     keys = cache[0][:, :extent]  # [B, T, C + R]
             if index is not None:
@@ -128,12 +129,14 @@ class SparseLatentAttention(MultiHeadLatentAttention):
                 if seqlens is not None and cache is not None:
                     index_keys = cache[1][:, :extent]  # [B, T, Di]
                 with torch.no_grad():
-                    indices = indexer_topk(index_q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
+                    q = index_q.to(index_keys.dtype)
+                    indices = indexer_topk(q, index_keys, index_w, top_k=self.top_k, seqlens=seqlens)  # [B, S, K]
             absorbed = self._absorb(q_nope, q_rope)  # [B, S, H, C + R]
             attended, lse = sparse_attention(
-                absorbed, keys, cast(Tensor, indices), value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens, return_lse=True
+                absorbed.to(keys.dtype), keys, cast(Tensor, indices), value_dim=self.kv_latent, scale=self.scale, seqlens=seqlens,
+                return_lse=True,
             )  # [B, S, H, C]
-            out = self._emit(attended)
+            out = self._emit(attended.to(absorbed.dtype))
         else:
             heads = self._full_heads(q_nope, q_rope, latent, k_rope)
             out, lse = attention(*heads, causal=True, scale=self.scale, return_lse=True)
