@@ -15,6 +15,7 @@ from thinkernel.ops import checks, indexer_cpu, indexer_gpu, sparse_attention_gp
 from thinkernel.ops import sparse_backends as backends
 from thinkernel.ops.library import OPS, Op, gradients, reference_op
 from thinkernel.reference import sparse as reference
+from thinkernel.reference.mla import FP8_BYTES
 
 KV = Tensor | tuple[Tensor, Tensor]
 
@@ -247,10 +248,49 @@ def topk(scores: Tensor, k: int, *, lengths: Tensor | None = None) -> tuple[Tens
     return topk_op(scores, k, lengths)
 
 
+def _check_some_heads(name: str, x: Tensor) -> None:
+    if x.shape[-2] == 0:
+        raise ValueError(f"{name}: got 0 heads, takes at least 1; its shape is {list(x.shape)}")
+
+
+def _check_sequences(
+    q: Tensor, name: str, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seqlens: Tensor | None,
+    block_table: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The sequences of q and of its keys k, the argument called `name`: packed, or rows of a batch or cache -> cu_seqlens_k."""
+    if cu_seqlens_q is not None:
+        for option, given in (("seqlens", seqlens), ("block_table", block_table)):
+            if given is not None:
+                raise ValueError(f"{option}: packed sequences (cu_seqlens_q) have no cache, so it must be None")
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        for option, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            checks.tensor(option, cu, 1, "[B + 1]", checks.INTEGERS)
+        checks.shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
+        checks.same_device("q", q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return cu_seqlens_k
+    if cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k: it needs cu_seqlens_q")
+    if seqlens is not None:
+        checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
+        checks.shape("seqlens", seqlens, (q.shape[0],), "[B]")
+    if block_table is None:
+        checks.size(name, k, 0, q.shape[0], "B of q")
+    else:
+        if seqlens is None:
+            raise ValueError("seqlens: got None, needed with block_table")
+        checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
+        checks.size("block_table", block_table, 0, q.shape[0], "B of q")
+        if k.shape[1] == 0:
+            raise ValueError(f"{name}: got pages of 0 positions, takes at least 1")
+    checks.same_device("q", q, seqlens=seqlens, block_table=block_table)
+    return None
+
+
 def _check_indexer(q: Tensor, k: Tensor, w: Tensor, packed: bool) -> None:
     checks.tensor("q", q, 3 if packed else 4, "[B, S, Hi, Di] (packed: [N, Hi, Di])")
     checks.tensor("k", k, 2 if packed else 3, "[B, T, Di] (packed: [N, Di])", (*checks.FLOATS, torch.float8_e4m3fn))
     checks.tensor("w", w, q.dim() - 1, "[B, S, Hi] (packed: [N, Hi])")
+    _check_some_heads("q", q)
     checks.size("k", k, -1, q.shape[-1], "Di of q")
     checks.shape("w", w, q.shape[:-1], "q's shape without Di")
     checks.same_device("q", q, k=k, w=w)
@@ -260,7 +300,7 @@ def indexer_scores(q: Tensor, k: Tensor, w: Tensor, *, causal: bool = True) -> T
     """The lightning indexer's dense scores I[t, s] = Σ_j w[t, j]·ReLU(q[t, j]·k[s]), −inf where s is not visible.
 
     q [B, S, Hi, Di], k [B, T, Di], w [B, S, Hi] -> float32 [B, S, T]; for inspection and warm-up. Differentiable.
-    Source: DeepSeek-V3.2-Exp.
+    Source: DeepSeek-V3.2-Exp. Raises ValueError or TypeError naming the argument.
     """
     _check_indexer(q, k, w, packed=False)
     checks.size("k", k, 0, q.shape[0], "B of q")
@@ -284,23 +324,24 @@ def indexer_topk(
 
     q [B, S, Hi, Di], k [B, T, Di], w [B, S, Hi]; packed with cu_seqlens; decode: k is a cache [B, T, Di] or pages
     [P, page, Di] with seqlens [B] (counting the S new keys) and block_table. k_scale: float32, k's shape without Di,
-    the scale of FP8 keys. Ties go to the lower index. No gradient. Raises ValueError naming the argument.
+    the scale of FP8 keys. Ties go to the lower index. No gradient. Raises ValueError or TypeError naming the argument.
     """
     _check_indexer(q, k, w, packed=cu_seqlens_q is not None)
     checks.integer("top_k", top_k, 1)
     if k_scale is not None:
+        checks.tensor("k_scale", k_scale, k.dim() - 1, "[B, T] (packed: [N])")
         checks.shape("k_scale", k_scale, k.shape[:-1], "k's shape without Di")
-    if cu_seqlens_q is not None:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        if seqlens is not None or block_table is not None:
-            raise ValueError("seqlens: packed sequences (cu_seqlens_q) have no cache, so it must be None")
-    elif block_table is None:
-        checks.size("k", k, 0, q.shape[0], "B of q")
-    elif seqlens is None:
-        raise ValueError("seqlens: got None, needed with block_table")
+        checks.same_device("q", q, k_scale=k_scale)
+    cu_seqlens_k = _check_sequences(q, "k", k, cu_seqlens_q, cu_seqlens_k, seqlens, block_table)
     return indexer_topk_op(
         q.detach(), k.detach(), w.detach(), cu_seqlens_q, cu_seqlens_k, seqlens, block_table, k_scale, top_k, bool(causal)
     )
+
+
+def _check_dtype(q: Tensor, kv: Tensor) -> None:
+    """q's dtype, or under autocast one that is cast with it: all but float64."""
+    if not torch.is_autocast_enabled(q.device.type) or torch.float64 in (q.dtype, kv.dtype):
+        checks.same_dtype("kv", kv, "q", q)
 
 
 def sparse_attention(
@@ -323,12 +364,12 @@ def sparse_attention(
     the value is the first value_dim of a latent. GQA: kv = (k [B, T, Hkv, D], v [B, T, Hkv, Dv]), indices
     [B, S, Hkv, K]. indices: key positions, −1 for an empty slot; a row of −1 gives 0 and lse −inf. With seqlens [B]
     (and block_table [B, max_pages]) kv is a cache and slots past a sequence's end count as empty.
-    scale defaults to D^-0.5. sinks [H] as in attention; lse (float32 [B, S, H]) never includes them.
+    Packed sequences have no cache. scale defaults to D^-0.5. sinks [H] as in attention; lse (float32 [B, S, H]) never includes them.
 
     Returns [B, S, H, Dv]. Raises ValueError or TypeError naming the argument.
     """
-    packed = cu_seqlens_q is not None
-    checks.tensor("q", q, 3 if packed else 4, "[B, S, H, D] (packed: [N, H, D])")
+    checks.tensor("q", q, 3 if cu_seqlens_q is not None else 4, "[B, S, H, D] (packed: [N, H, D])")
+    _check_some_heads("q", q)
     if isinstance(kv, (tuple, list)):
         if len(kv) != 2:
             raise ValueError(f"kv: got {len(kv)} tensors, takes one tensor of latents or (k, v)")
@@ -339,34 +380,36 @@ def sparse_attention(
         checks.size("kv", k, -1, q.shape[-1], "D of q")
         if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
             raise ValueError(f"kv: got {k.shape[-2]} heads, takes a divisor of q's {q.shape[-2]} heads")
+        if q.shape[-1] == 0 or v.shape[-1] == 0:
+            raise ValueError(f"{'q' if q.shape[-1] == 0 else 'kv'}: got head dim 0, takes at least 1")
+        _check_dtype(q, v)
+        checks.same_device("q", q, kv=v)
         if value_dim is not None and value_dim != v.shape[-1]:
             raise ValueError(f"value_dim: got {value_dim}, takes None or Dv = {v.shape[-1]} where kv is (k, v)")
         value_dim, rows = v.shape[-1], (*q.shape[:-2], k.shape[-2])
     else:
         k, v = kv, None
         checks.tensor("kv", k, q.dim() - 1, "[B, T, D] (packed: [N, D])", (*checks.FLOATS, torch.uint8))
-        width = 576 if k.dtype == torch.uint8 else k.shape[-1]
+        width = k.shape[-1]
+        if k.dtype == torch.uint8:
+            checks.size("kv", k, -1, FP8_BYTES, "bytes of an FP8 token")
+            width = backends.FP8_WIDTH
         checks.size("q", q, -1, width, "D of kv")
         value_dim = width if value_dim is None else value_dim
         checks.integer("value_dim", value_dim, 1)
         if value_dim > width:
             raise ValueError(f"value_dim: got {value_dim}, takes at most D = {width}")
         rows = q.shape[:-2]
-    if k.dtype != torch.uint8 and not torch.is_autocast_enabled(q.device.type):
-        checks.same_dtype("kv", k, "q", q)
+    if k.dtype != torch.uint8:
+        _check_dtype(q, k)
     checks.tensor("indices", indices, len(rows) + 1, "[B, S, K], for (k, v) [B, S, Hkv, K]", checks.INTEGERS)
     checks.shape("indices", indices, (*rows, indices.shape[-1]), "q's rows (and Hkv) and K")
     if sinks is not None:
         checks.tensor("sinks", sinks, 1, "[H]")
         checks.shape("sinks", sinks, (q.shape[-2],), "[H]")
-    if packed:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    elif block_table is None:
-        checks.size("kv", k, 0, q.shape[0], "B of q")
-    elif seqlens is None:
-        raise ValueError("seqlens: got None, needed with block_table")
-    checks.same_device("q", q, kv=k, indices=indices, sinks=sinks, seqlens=seqlens, block_table=block_table)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    cu_seqlens_k = _check_sequences(q, "kv", k, cu_seqlens_q, cu_seqlens_k, seqlens, block_table)
+    checks.same_device("q", q, kv=k, indices=indices, sinks=sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     out, lse = sparse_attention_op(
         q, k, v, indices, sinks, cu_seqlens_q, cu_seqlens_k, seqlens, block_table, value_dim, scale
     )
@@ -391,18 +434,24 @@ def indexer_loss(
     [B, T, Hkv, D] of the main attention, detached here; scale: the main attention's; target_lse [B, S, H] spares its
     recomputation. indices [B, S, K]: the sparse stage; None: the dense warm-up stage over all visible keys.
     reduction: "mean" over the B·S queries, "sum" or "none" ([B, S]). Differentiable in q, k and w. float32.
-    Source: DeepSeek-V3.2-Exp. Raises ValueError naming the argument.
+    Source: DeepSeek-V3.2-Exp. Raises ValueError or TypeError naming the argument.
     """
     _check_indexer(q, k, w, packed=False)
+    checks.size("k", k, 0, q.shape[0], "B of q")
     checks.tensor("target_q", target_q, 4, "[B, S, H, D]")
     checks.shape("target_q", target_q, (*q.shape[:2], *target_q.shape[2:]), "[B, S, H, D] of q")
+    _check_some_heads("target_q", target_q)
     checks.tensor("target_kv", target_kv, (3, 4), "[B, T, D] or [B, T, Hkv, D]")
     checks.shape("target_kv", target_kv, (*k.shape[:2], *target_kv.shape[2:-1], target_q.shape[-1]), "[B, T, …, D]")
+    if target_kv.dim() == 4 and (target_kv.shape[2] == 0 or target_q.shape[2] % target_kv.shape[2]):
+        raise ValueError(f"target_kv: got {target_kv.shape[2]} heads, takes a divisor of target_q's {target_q.shape[2]} heads")
     if indices is not None:
         checks.tensor("indices", indices, 3, "[B, S, K]", checks.INTEGERS)
         checks.shape("indices", indices, (*q.shape[:2], indices.shape[-1]), "[B, S, K]")
     if target_lse is not None:
+        checks.tensor("target_lse", target_lse, 3, "[B, S, H]")
         checks.shape("target_lse", target_lse, target_q.shape[:-1], "[B, S, H]")
+    checks.number("scale", scale)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.same_device("q", q, target_q=target_q, target_kv=target_kv, indices=indices, target_lse=target_lse)
     target_lse = None if target_lse is None else target_lse.detach()
