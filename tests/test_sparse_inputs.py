@@ -12,6 +12,9 @@ import pytest
 import thinkernel as tk
 import torch
 from thinkernel.reference import sparse as reference
+from thinkernel.reference.mla import quantize_latent
+from thinkernel.testing import assert_bitwise
+from thinkernel.testing.inputs import Draw
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -288,3 +291,14 @@ def test_values_are_those_of_the_reference():
     found = tk.sparse_attention(q, kv, indices, **pages())
     want, _ = reference.sparse_attention(q, kv, indices, **pages())
     torch.testing.assert_close(found, want)
+
+
+def test_fp8_tokens_under_autocast() -> None:
+    """The bytes are no numbers to be cast; the queries are."""
+    draw = Draw(2)
+    q, indices = draw.normal(1, 1, 2, 576), torch.arange(7, dtype=torch.int32).view(1, 1, 7)
+    kv = quantize_latent(draw.normal(1, 7, 512), draw.normal(1, 7, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tk.sparse_attention(q, kv, indices, value_dim=512, scale=0.04)
+    want = tk.sparse_attention(q.bfloat16(), kv, indices, value_dim=512, scale=0.04)
+    assert_bitwise(found, want)

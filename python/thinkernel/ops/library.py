@@ -98,11 +98,10 @@ class Op:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
             def cast_inputs(*args: Any, device: str = device, key: str = key) -> Any:
-                dtype = torch.get_autocast_dtype(device)
-                cast = [
-                    arg.to(dtype) if i in positions and isinstance(arg, Tensor) and arg.dtype != torch.float64 else arg
-                    for i, arg in enumerate(args)
-                ]
+                dtype, cast = torch.get_autocast_dtype(device), list(args)
+                for i in positions:
+                    if isinstance(args[i], Tensor) and args[i].dtype in _CAST:
+                        cast[i] = args[i].to(dtype)
                 with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                     return self.overload(*cast)
 
@@ -288,6 +287,7 @@ def _plain(args: Sequence[Any]) -> bool:
     return all(type(a) in _TENSORS for a in args if isinstance(a, Tensor))
 
 
+_CAST = frozenset((torch.float32, torch.bfloat16, torch.float16))  # by autocast; not float64, and not the bytes of FP8 tokens
 _SCALARS = frozenset((int, float, bool, str, type(None)))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
