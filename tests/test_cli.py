@@ -22,6 +22,8 @@ def test_each_command_has_help(command, capsys):
         (["doctor", "--nope"], "--nope"),
         (["validate", "--dtype", "int8"], "int8"),
         (["validate", "--backend", "tpu"], "tpu"),
+        (["validate", "--device", "foo"], "foo"),
+        (["validate", "--device", "meta"], "meta"),
         (["bench", "nothing"], "nothing"),
         (["nothing"], "nothing"),
         (["generate", "--run", "/nowhere/at/all", "--prompt", "1+1"], "/nowhere/at/all"),

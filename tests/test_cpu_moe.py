@@ -190,7 +190,7 @@ def test_packed_weights_follow_their_source():
         with torch.no_grad():
             tk.moe(**inputs)
             assert len(moe_cpu._packed) == count + 1
-            for change in (lambda: w.mul_(2), lambda: w.data.mul_(2), lambda: inputs["w_down"].neg_()):
+            for change in (lambda: w.mul_(2), lambda: w.data.mul_(2), lambda: w.data[-1].mul_(3), lambda: inputs["w_down"].neg_()):
                 change()
                 plain = inputs | dict(w_gate_up=w.detach().clone().requires_grad_())
                 with torch.enable_grad():
@@ -199,6 +199,12 @@ def test_packed_weights_follow_their_source():
 
     use()
     assert len(moe_cpu._packed) == count
+    with torch.inference_mode():  # whose tensors count no versions
+        inputs = expert_inputs(Draw(9, torch.bfloat16), N=40)
+        tk.moe(**inputs)
+        inputs["w_gate_up"][1, 3, 5] += 7
+        found = tk.moe(**inputs)
+    assert_bitwise(found.clone(), tk.moe(**{n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}))
 
 
 def test_backward_needs_only_what_is_asked():

@@ -165,6 +165,8 @@ def test_sampling_stays_inside_the_filters() -> None:
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(samples=0), "samples"),
         (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature=1e-46), "temperature"),
         (dict(top_k=0), "top_k"),
         (dict(top_p=0.0), "top_p"),
         (dict(top_p=1.1), "top_p"),

@@ -82,11 +82,19 @@ def test_bad_choices_are_named() -> None:
     module = nn.MixtureOfExperts(20, 12, 8, 3)
     x = torch.randn(5, 20)
     byte = torch.zeros(5, 3, dtype=torch.uint8)
-    for wrong in (byte[:, :2], byte.float(), byte + 8, byte.long() - 1):
+    for wrong in (byte[:, :2], byte.float(), byte + 8, byte.long() - 1, byte.long() + 2**32, byte.bool()):
         with pytest.raises(ValueError, match="^experts: got"):
             module(x, experts=wrong)
     with pytest.raises(ValueError, match="^tokens: got None"):
         nn.MixtureOfExperts(20, 12, 8, 3, hash_vocab=30)(x)
+    for tokens in (torch.full((5,), -1), torch.full((5,), 30)):
+        with pytest.raises(ValueError, match="^tokens: got"):
+            nn.MixtureOfExperts(20, 12, 8, 3, hash_vocab=30)(x, tokens=tokens)
+    with pytest.raises(TypeError, match="^tokens: got"):
+        nn.MixtureOfExperts(20, 12, 8, 3, hash_vocab=30)(x, tokens=torch.ones(5))
+    for valid, error in ((torch.ones(4, dtype=torch.bool), ValueError), (torch.ones(5), TypeError), ([True] * 5, TypeError)):
+        with pytest.raises(error, match="^valid: got"):
+            module(x, valid=valid)
     with pytest.raises(ValueError, match="^experts: got shape"):
         tiny_model()(torch.ones(2, 4, dtype=torch.int64), experts=torch.zeros(2, 4, 1, 2, dtype=torch.uint8))
 

@@ -114,6 +114,34 @@ def test_double_backward_of_ops_that_return_lists(name):
         torch.autograd.grad(grad.square().sum(), leaf)
 
 
+@pytest.mark.parametrize("name", ["attention", "linear", "logprob", "linear_logprob", "sparse_attention", "attention_decode"])
+def test_forward_mode_is_a_named_error(name):
+    """It would see a constant."""
+    draw = Draw(6)
+    x, other = draw.normal(1, 2, 2, 8), draw.normal(1, 2, 2, 8)
+    indices, target = torch.tensor([[[0, -1], [0, 1]]], dtype=torch.int32), torch.tensor([1, 3])
+    lengths = torch.tensor([2], dtype=torch.int32)
+    run = {
+        "attention": lambda x: tk.attention(x, other, other),
+        "linear": lambda x: tk.linear(x, other[0, 0]),
+        "logprob": lambda x: tk.logprob(x[0, 0], target)[0],
+        "linear_logprob": lambda x: tk.linear_logprob(x[0, 0], draw.normal(5, 8), target)[0],
+        "sparse_attention": lambda x: tk.sparse_attention(x, other[:, :, 0], indices),
+        "attention_decode": lambda x: tk.attention_decode(x, other, other, seqlens=lengths),
+    }[name]
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(run, (x,), (other,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        run(torch.autograd.forward_ad.make_dual(x, other))
+
+
+def test_appending_takes_no_gradient():
+    """Compiled or not: the cache holds numbers alone."""
+    cache, new = torch.zeros(1, 4, 2, 8), torch.randn(1, 2, 2, 8, requires_grad=True)
+    tk.append_kv(cache, cache.clone(), new, new, seqlens=torch.tensor([2], dtype=torch.int32))
+    assert not cache.requires_grad and torch.equal(cache[:, :2], new)
+
+
 def test_decode_refuses_a_gradient_by_name():
     q, cache = torch.randn(1, 1, 2, 8, requires_grad=True), torch.randn(1, 4, 2, 8)
     out = tk.attention_decode(q, cache, cache, seqlens=torch.tensor([4], dtype=torch.int32))
@@ -142,6 +170,19 @@ def test_autocast_casts_like_torch(name):
         else:
             lp, ent = tk.linear_logprob(draw.normal(3, 8), draw.weight(9, 8), draw.integers(0, 9, 3))
             assert lp.dtype == ent.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wide", ["x", "weight", "bias"])
+def test_autocast_refuses_one_float64_tensor(wide):
+    """It casts all but float64, and a kernel takes one dtype."""
+    draw = Draw(4)
+    given = {"x": draw.normal(3, 8), "weight": draw.weight(5, 8), "bias": draw.normal(5)}
+    given[wide] = given[wide].double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="^(weight|bias): got"):
+            tk.linear(*given.values())
+        with pytest.raises(TypeError, match="^(weight|bias): got"):
+            tk.linear_logprob(given["x"], given["weight"], draw.integers(0, 5, 3), bias=given["bias"])
 
 
 def test_forced_backend_that_does_not_cover_is_an_error():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thinkernel.models.transformer import Transformer, stack_experts
 from thinkernel.nn import expert_dtype
+from thinkernel.ops import checks
 
 COMPACT_BELOW = 0.75  # finished sequences are dropped from the batch when fewer than this share is still running
 
@@ -112,7 +113,7 @@ def _check(max_new_tokens: int, samples: int, temperature: float, top_k: int | N
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, takes at least 1")
     if samples < 1:
         raise ValueError(f"samples: got {samples}, takes at least 1")
-    if temperature < 0:
+    if not (temperature == 0 or temperature >= checks.FLOAT32_TINY):
         raise ValueError(f"temperature: got {temperature}, takes 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, takes at least 1")

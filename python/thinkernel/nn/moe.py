@@ -190,6 +190,9 @@ class MixtureOfExperts(nn.Module):
         read). tokens [...]: the token numbers, of a module with hash_vocab. return_losses fills in balance, counts and z,
         return_experts experts."""
         flat = x.reshape(-1, x.shape[-1])  # [N, hidden]
+        if valid is not None:
+            checks.tensor("valid", valid, x.dim() - 1, "x's shape without hidden", (torch.bool,))
+            checks.shape("valid", valid, x.shape[:-1], "x's shape without hidden")
         kept = None if valid is None else valid.reshape(-1).nonzero().squeeze(-1)
         rows = flat if kept is None else flat[kept]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -238,17 +241,22 @@ class MixtureOfExperts(nn.Module):
         if experts is None and self.token_experts is None:
             return None
         if experts is not None:
-            if experts.is_floating_point() or experts.shape != (*x.shape[:-1], self.top_k):
+            if experts.is_floating_point() or experts.dtype == torch.bool or experts.shape != (*x.shape[:-1], self.top_k):
                 wanted = [*x.shape[:-1], self.top_k]
                 raise ValueError(f"experts: got {experts.dtype} {list(experts.shape)}, takes integers [..., K] = {wanted}")
             given = experts.reshape(-1, self.top_k)
-            return (given if kept is None else given[kept]).int()
+            given = given if kept is None else given[kept]
+            return given if given.dtype == torch.int64 else given.int()  # what int32 does not hold is refused, not cut off
         assert self.token_experts is not None
         if tokens is None or tokens.shape != x.shape[:-1]:
             got = None if tokens is None else list(tokens.shape)
             raise ValueError(f"tokens: got {got}, takes the token numbers {list(x.shape[:-1])} of a module with hash_vocab")
+        checks.tensor("tokens", tokens, x.dim() - 1, "x's shape without hidden", checks.INTEGERS)
         flat = tokens.reshape(-1)
-        return self.token_experts[flat if kept is None else flat[kept]].int()
+        flat = flat if kept is None else flat[kept]
+        if not torch.compiler.is_compiling():
+            checks.within("tokens", flat, 0, len(self.token_experts) - 1, "the vocabulary of hash_vocab")
+        return self.token_experts[flat.long()].int()
 
     def _recorded(self, chosen: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
         chosen = chosen.to(expert_dtype(self.experts))

@@ -147,8 +147,9 @@ def _reference_decode(
 def _append(
     k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, seqlens: Tensor, block_table: Tensor | None
 ) -> None:
-    """Plain indexed copies on every device: nothing to fuse."""
-    reference.append_kv(k_cache, v_cache, k_new, v_new, seqlens=seqlens, block_table=block_table)
+    """Plain indexed copies on every device: nothing to fuse. No gradient goes into a cache."""
+    with torch.no_grad():
+        reference.append_kv(k_cache, v_cache, k_new, v_new, seqlens=seqlens, block_table=block_table)
 
 
 append_kv_op.kernel("triton")(_append)
@@ -404,7 +405,7 @@ def append_kv(
 
     seqlens [B] int32 **already counts the Sq new keys**: they land at positions seqlens − Sq … seqlens − 1.
     A position before 0 takes nothing, so that a sequence of length 0 takes no part. Caches as in attention_decode; the values
-    are converted to their dtype. Raises ValueError or TypeError naming the argument.
+    are converted to their dtype; no gradient goes into a cache. Raises ValueError or TypeError naming the argument.
     """
     checks.tensor("k_new", k_new, 4, "[B, Sq, Hkv, D]")
     checks.tensor("v_new", v_new, 4, "[B, Sq, Hkv, Dv]")

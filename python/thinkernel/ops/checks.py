@@ -50,6 +50,12 @@ def same_dtype(name: str, x: Tensor, first: str, y: Tensor) -> None:
         raise TypeError(f"{name}: got {x.dtype}, takes the dtype of {first}, {y.dtype}")
 
 
+def cast_together(name: str, x: Tensor, first: str, y: Tensor) -> None:
+    """x has y's dtype, or under autocast one that is cast with it: all but float64."""
+    if not torch.is_autocast_enabled(y.device.type) or torch.float64 in (x.dtype, y.dtype):
+        same_dtype(name, x, first, y)
+
+
 def same_device(first: str, x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != x.device:

@@ -245,6 +245,9 @@ def gradient_buffer(weight: Tensor) -> Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return None
+    if not isinstance(main_grad, Tensor) or main_grad.device != weight.device:
+        got = main_grad.device if isinstance(main_grad, Tensor) else type(main_grad).__name__
+        raise ValueError(f"weight.main_grad: got {got}, takes a tensor on weight's device, {weight.device}")
     if main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
         raise ValueError(
             f"weight.main_grad: got {main_grad.dtype} {list(main_grad.shape)} with strides {list(main_grad.stride())}, "
@@ -312,10 +315,9 @@ def linear_logprob(
     if bias is not None:
         checks.tensor("bias", bias, 1, "[V]")
         checks.shape("bias", bias, weight.shape[:1], "[V]")
-    if not torch.is_autocast_enabled(hidden.device.type):
-        checks.same_dtype("weight", weight, "hidden", hidden)
-        if bias is not None:
-            checks.same_dtype("bias", bias, "hidden", hidden)
+    checks.cast_together("weight", weight, "hidden", hidden)
+    if bias is not None:
+        checks.cast_together("bias", bias, "hidden", hidden)
     checks.positive("temperature", temperature, none_is_fine=False)
     checks.positive("softcap", softcap)
     checks.same_device("hidden", hidden, weight=weight, target=target, bias=bias)

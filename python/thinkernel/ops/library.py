@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from thinkernel.ops import dispatch
 
@@ -136,6 +137,7 @@ class Op:
             plain_apply = super(torch.autograd.Function, Function).apply  # without functorch's look at each argument, 6 µs
 
             def autograd(*args: Any) -> Any:
+                self._refuse_tangents(args)
                 if not torch.is_grad_enabled() or not _any_requires_grad(args):
                     return kernels(*args)
                 args = self._all_arguments(args)
@@ -150,6 +152,14 @@ class Op:
 
         self.eager = through(self._run, lambda args: True)  # __call__ has looked
         _LIBRARY.impl(self.name, through(self._below_autograd, _plain), "Autograd")
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """Forward-mode differentiation, which would otherwise see a constant."""
+        if forward_ad._current_level < 0:
+            return
+        for arg in args:
+            if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+                raise NotImplementedError(f"thinkernel::{self.name} has no forward-mode derivative; differentiate backward")
 
     def refuse_gradient(self, why: str) -> None:
         """Differentiating this op is an error that names it and says why."""
@@ -166,6 +176,7 @@ class Op:
                 raise NotImplementedError(f"thinkernel::{op.name} has no gradient: {why}")
 
         def autograd(*args: Any) -> Any:
+            self._refuse_tangents(args)
             if torch.is_grad_enabled() and _any_requires_grad(args):
                 outputs = Function.apply(*op._all_arguments(args))
                 return list(outputs) if op.schema.returns[0].type.kind() == "ListType" else outputs

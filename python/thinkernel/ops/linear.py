@@ -148,10 +148,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         checks.tensor("bias", bias, 1, "[O]")
         checks.shape("bias", bias, weight.shape[:1], "[O]")
-    if not torch.is_autocast_enabled(x.device.type):
-        checks.same_dtype("weight", weight, "x", x)
-        if bias is not None:
-            checks.same_dtype("bias", bias, "x", x)
+    checks.cast_together("weight", weight, "x", x)
+    if bias is not None:
+        checks.cast_together("bias", bias, "x", x)
     checks.same_device("x", x, weight=weight, bias=bias)
     rows = math.prod(x.shape[:-1])  # not -1: I may be 0
     return linear_forward(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])

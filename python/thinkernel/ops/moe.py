@@ -295,6 +295,7 @@ def _may_keep_packed(x: Tensor, *weights: Tensor) -> bool:
     """Plain tensors of an eager call, which the cpu kernels take."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and requested() in ("auto", "cpu")
         and not torch._C._is_any_autocast_enabled()
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in (x, *weights))

@@ -154,15 +154,16 @@ _packed: dict[int, tuple[Any, tuple[Any, ...], Tensor, tuple[Tensor, Tensor]]] =
 
 def packed_weights(x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, layout: str) -> tuple[Tensor, Tensor] | None:
     """Both weights as the products want them, made once and kept until the weights change: by an optimiser or load_state_dict (the
-    version), a move (the address), or behind autograd's back through `.data` (a sample of values). None where it would not fit."""
+    version), a move (the address), or behind autograd's back through `.data` (a sample of every expert's values: an update of few of
+    them may go unnoticed). None where it would not fit, and for weights made in inference mode, which count no versions."""
     if C is None or covers(x, w_gate_up, w_down, x, x, None, None, None, None) is not None:
         return None
     both = (w_gate_up, w_down)
-    if any(w.stride(-1) != 1 for w in both):
+    if any(w.stride(-1) != 1 or w.is_inference() for w in both):
         return None
-    states = [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.shape, w.stride()) for w in both]
+    states = [(w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in both]
     key = C.isa(), activation, layout, *states
-    sample = torch.cat([w.detach()[:: max(1, w.shape[0] // 8), :: max(1, w.shape[1] // 8), :4].reshape(-1) for w in both])
+    sample = torch.cat([w.detach()[:, :: w.shape[1] // 8 | 1, :: w.shape[2] // 64 | 1].reshape(-1) for w in both])
     former = _packed.get(id(w_gate_up))
     if former is not None and former[0]() is w_gate_up and former[1] == key and torch.equal(former[2], sample):
         return former[3]

@@ -338,12 +338,6 @@ def indexer_topk(
     )
 
 
-def _check_dtype(q: Tensor, kv: Tensor) -> None:
-    """q's dtype, or under autocast one that is cast with it: all but float64."""
-    if not torch.is_autocast_enabled(q.device.type) or torch.float64 in (q.dtype, kv.dtype):
-        checks.same_dtype("kv", kv, "q", q)
-
-
 def sparse_attention(
     q: Tensor,
     kv: KV,
@@ -382,7 +376,7 @@ def sparse_attention(
             raise ValueError(f"kv: got {k.shape[-2]} heads, takes a divisor of q's {q.shape[-2]} heads")
         if q.shape[-1] == 0 or v.shape[-1] == 0:
             raise ValueError(f"{'q' if q.shape[-1] == 0 else 'kv'}: got head dim 0, takes at least 1")
-        _check_dtype(q, v)
+        checks.cast_together("kv", v, "q", q)
         checks.same_device("q", q, kv=v)
         if value_dim is not None and value_dim != v.shape[-1]:
             raise ValueError(f"value_dim: got {value_dim}, takes None or Dv = {v.shape[-1]} where kv is (k, v)")
@@ -401,7 +395,7 @@ def sparse_attention(
             raise ValueError(f"value_dim: got {value_dim}, takes at most D = {width}")
         rows = q.shape[:-2]
     if k.dtype != torch.uint8:
-        _check_dtype(q, k)
+        checks.cast_together("kv", k, "q", q)
     checks.tensor("indices", indices, len(rows) + 1, "[B, S, K], for (k, v) [B, S, Hkv, K]", checks.INTEGERS)
     checks.shape("indices", indices, (*rows, indices.shape[-1]), "q's rows (and Hkv) and K")
     if sinks is not None:
