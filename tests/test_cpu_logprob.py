@@ -147,6 +147,15 @@ def test_masked_vocabulary_and_large_logits() -> None:
     check(_ours(big)[0], _plain(big, torch.float64)[0], _plain(big, torch.float32)[0], name="large logits")
 
 
+@pytest.mark.parametrize("size", [1e5, 1e8])  # past 1e10 the double that lse is begins to show
+def test_logits_far_from_zero(size: float) -> None:
+    """A row's logits move together: lse's second float is then no longer small."""
+    steps = Draw(8, torch.float32).integers(-3, 4, 7, 40).float() * max(1.0, size * 2**-23)
+    logits = size * torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0])[:, None] + steps
+    logits[0] = size
+    _check((logits, torch.arange(7), [torch.ones(7), torch.zeros(7)]), f"{size:g}")
+
+
 def test_many_rows() -> None:
     case = _case(19, torch.float32, 70001, 5)
     _check(case, "N=70001")

@@ -49,7 +49,7 @@ template <> inline void store_flushed<bf16>(bf16* to, vf x) {
 inline vf exp_negative(vf x, vf rest = zero()) {
   x = max(splat(-104.0f), x);  // a NaN stays
   const vf magic = splat(12582912.0f);
-  const vf t = fma(x, splat(1.44269504088896341f), magic), n = t - magic;
+  const vf t = fma(x + rest, splat(1.44269504088896341f), magic), n = t - magic;  // rest is not small where logits pass 10^7
   vf r = fma(n, splat(-0.693145751953125f), x);
   r = fma(n, splat(-1.42860682030941723212e-6f), r) + rest;
   vf p = splat(1.98412698e-4f);
