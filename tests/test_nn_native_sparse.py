@@ -187,3 +187,11 @@ def test_errors_name_the_argument():
     module = build()
     with pytest.raises(ValueError, match="^step: got None"):
         module(torch.randn(1, 3, HIDDEN), cache=module.new_cache(1, 8, dtype=torch.float32, device="cpu"))
+    for cache, x in ((module.new_cache(2, 8, dtype=torch.float32, device="cpu"), torch.randn(1, 3, HIDDEN)),
+                     (module.new_cache(1, 2, dtype=torch.float32, device="cpu"), torch.randn(1, 3, HIDDEN))):  # fmt: skip
+        step = nn.CacheStep(torch.tensor([3], dtype=torch.int32), 3, fresh=True)
+        with pytest.raises(ValueError, match="^cache: got"):
+            module(x, cache=cache, step=step)
+    for cu_seqlens, error in ((torch.tensor([0, 8, 6]), ValueError), ([0, 6], TypeError), (torch.tensor([0, 5]), ValueError)):
+        with pytest.raises(error, match="^cu_seqlens: got"):
+            module(torch.randn(6, HIDDEN), cu_seqlens=cu_seqlens)

@@ -39,6 +39,9 @@ def append_rows(cache: Tensor, new: Tensor, step: CacheStep) -> None:
     if step.block_table is not None:
         raise ValueError("step: got a block_table, which sparse attention does not take; pass a plain cache")
     size, new = new.shape[1], new.detach()
+    if cache.shape[0] != new.shape[0] or cache.shape[1] < size:
+        wanted = f"{new.shape[0]} rows of at least {size} positions"
+        raise ValueError(f"cache: got {cache.shape[0]} rows of {cache.shape[1]} positions, takes {wanted}")
     if step.fresh:
         cache[:, :size] = new
         return

@@ -124,6 +124,9 @@ class NativeSparseAttention(GroupedQueryAttention):
         rope, cu_seqlens: as in GroupedQueryAttention. cache, step: the S tokens are appended to the cache (new_cache) and see
         all that is in it; there is a backward for an empty cache alone. Padding belongs on the right."""
         self._check(x, rope, None, cu_seqlens, cast(Any, cache), step, None)
+        if cu_seqlens is not None:
+            checks.tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]", checks.INTEGERS)
+            checks.cumulative("cu_seqlens", cu_seqlens, x.shape[0])
         q, k, v, _ = self._project(x, rope)
         gates = sigmoid(self.branch_gates(x).unflatten(-1, (self.heads, 3)))  # [B, S, H, 3]
         if cache is not None and step is not None and not step.fresh:

@@ -260,7 +260,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     lse = logaddexp(lse_a, lse_b), out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b; both empty: 0 and -inf.
     A sink is applied once, after merging.
     """
-    dtype = compute_dtype(lse_a.dtype)
+    dtype = compute_dtype(torch.promote_types(out_a.dtype, torch.promote_types(lse_a.dtype, lse_b.dtype)))
     empty = lse_a.isneginf() & lse_b.isneginf()
     a, b = lse_a.to(dtype).masked_fill(empty, 0.0), lse_b.to(dtype).masked_fill(empty, 0.0)
     lse = torch.logaddexp(a, b)
