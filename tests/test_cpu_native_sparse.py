@@ -10,7 +10,7 @@ from thinkernel.ops.native_sparse import block_attention_op, native_sparse_atten
 from thinkernel.reference import native_sparse as reference
 from thinkernel.testing import assert_bitwise, check
 from thinkernel.testing.inputs import Draw
-from thinkernel.testing.native_sparse import REAL, SMALL, nsa_inputs, torch_moba, torch_nsa
+from thinkernel.testing.native_sparse import REAL, SMALL, near_ties, nsa_inputs, torch_moba, torch_nsa
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,17 +77,6 @@ def chosen_by_nsa(inputs: dict, sizes: dict) -> Tensor:
     args = [inputs[n] for n in NAMES]
     order = ("block", "compress_block", "stride", "top_n", "window")
     return native_sparse_attention_op(*args, inputs.get("cu_seqlens"), None, *(sizes[n] for n in order), args[0].shape[-1] ** -0.5)[3]
-
-
-def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> Tensor:
-    """Whether both choices are one, or their lowest float64 scores lie within 16 float32 ulps of the row's largest."""
-    lowest = []
-    for chosen in (found, exact):
-        at = chosen.clamp_min(0).long()
-        own = (chosen < 0) | forced.expand(scores.shape).gather(-1, at)
-        lowest.append(scores.gather(-1, at).masked_fill(own, torch.inf).amin(-1))
-    same = (found == exact).all(-1)
-    return same | ((lowest[0] - lowest[1]).abs() <= 16 * 2**-23 * scores.abs().amax(-1))
 
 
 @pytest.mark.parametrize("compress_block", [4, 20])  # the last compressed block a query sees reaches back past its own blocks, or not

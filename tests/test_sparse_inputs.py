@@ -181,35 +181,13 @@ SCALES |= {f"loss: {name}": ("scale", loss, dict(scale=x)) for name, x in NUMBER
 SCALES |= {"loss: None": ("scale", loss, dict(scale=None)), "attention: a tensor": ("scale", latents, dict(scale=ones(1)))}
 
 
-def refuses(case: tuple[str, Callable[..., Any], dict[str, Any]]) -> None:
-    argument, call, changed = case
+REFUSED = [*KEYS_AND_VALUES.items(), *LENGTHS.items(), *PACKED.items(), *INDEXER.items(), *SCALES.items()]
+
+
+@pytest.mark.parametrize("argument, call, changed", [case for _, case in REFUSED], ids=[name for name, _ in REFUSED])
+def test_refused(argument, call, changed):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
         call(**changed)
-
-
-@pytest.mark.parametrize("name", KEYS_AND_VALUES)
-def test_keys_and_values(name):
-    refuses(KEYS_AND_VALUES[name])
-
-
-@pytest.mark.parametrize("name", LENGTHS)
-def test_lengths_and_pages(name):
-    refuses(LENGTHS[name])
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_packed(name):
-    refuses(PACKED[name])
-
-
-@pytest.mark.parametrize("name", INDEXER)
-def test_indexer(name):
-    refuses(INDEXER[name])
-
-
-@pytest.mark.parametrize("name", SCALES)
-def test_scale(name):
-    refuses(SCALES[name])
 
 
 # ---- what they take --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from thinkernel.reference import native_sparse as reference
 from thinkernel.testing.cases import CASES, Case
 from thinkernel.testing.compare import assert_bitwise
 from thinkernel.testing.inputs import Draw
-from thinkernel.testing.native_sparse import SMALL, _moba_row, _nsa_row, _qkv, nsa_inputs
+from thinkernel.testing.native_sparse import SMALL, _moba_row, _nsa_row, _qkv, near_ties, nsa_inputs
 from torch import Tensor
 
 NAMES = ("q", "k", "v", "k_compressed", "v_compressed", "gates")
@@ -68,16 +68,6 @@ def chosen_by_nsa(inputs: dict[str, Any], sizes: dict[str, int], backend: str = 
 def chosen_by_moba(inputs: dict[str, Any], block: int, top_k: int, backend: str = "triton") -> Tensor:
     with tk.use_backend(backend):
         return block_attention_op(*(inputs[n] for n in NAMES[:3]), inputs.get("cu_seqlens"), block, top_k, 1.0)[2]
-
-
-def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> Tensor:
-    """Whether both choices are one, or their lowest float64 scores lie within 16 float32 ulps of the row's largest."""
-    lowest = []
-    for chosen in (found, exact):
-        at = chosen.clamp_min(0).long()
-        own = (chosen < 0) | forced.expand(scores.shape).gather(-1, at)
-        lowest.append(scores.gather(-1, at).masked_fill(own, torch.inf).amin(-1))
-    return (found == exact).all(-1) | ((lowest[0] - lowest[1]).abs() <= 16 * 2**-23 * scores.abs().amax(-1))
 
 
 @pytest.mark.parametrize(("dtype", "compress"), [(torch.float32, 20), *((d, 4) for d in DTYPES)], ids=lambda x: str(x).split(".")[-1])

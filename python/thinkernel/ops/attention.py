@@ -147,9 +147,8 @@ def _reference_decode(
 def _append(
     k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, seqlens: Tensor, block_table: Tensor | None
 ) -> None:
-    """Plain indexed copies on every device: nothing to fuse. No gradient goes into a cache."""
-    with torch.no_grad():
-        reference.append_kv(k_cache, v_cache, k_new, v_new, seqlens=seqlens, block_table=block_table)
+    """Plain indexed copies on every device: nothing to fuse."""
+    reference.append_kv(k_cache, v_cache, k_new, v_new, seqlens=seqlens, block_table=block_table)
 
 
 append_kv_op.kernel("triton")(_append)
@@ -281,16 +280,11 @@ def attention(
     checks.tensor("k", k, dims, row.replace("S", "T").replace("H", "Hkv"))
     checks.tensor("v", v, dims, row.replace("S", "T").replace("H", "Hkv").replace("D", "Dv"))
     _check_heads(q, k, v, "k", "v")
+    cu_seqlens_k = checks.packed(cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_q is not None:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            checks.tensor(name, cu, 1, "[B + 1]", checks.INTEGERS)
-        checks.shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
         if key_start is not None:
             raise ValueError("key_start: packed sequences (cu_seqlens_q) have no padding, so it must be None")
     else:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k: it needs cu_seqlens_q")
         checks.size("k", k, 0, q.shape[0], "B of q")
         if key_start is not None:
             checks.tensor("key_start", key_start, 1, "[B]", checks.INTEGERS)
@@ -308,15 +302,7 @@ def _check_cache(name: str, x: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, bl
     where = "[B, T, Hkv, D]" if block_table is None else "pages [P, page, Hkv, D]"
     checks.tensor("k_cache", k, 4, where)
     checks.tensor("v_cache", v, 4, where.replace("D", "Dv"))
-    checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
-    checks.shape("seqlens", seqlens, (x.shape[0],), "[B]")
-    if block_table is None:
-        checks.size("k_cache", k, 0, x.shape[0], f"B of {name}")
-    else:
-        checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
-        checks.size("block_table", block_table, 0, x.shape[0], f"B of {name}")
-        if k.shape[1] == 0:
-            raise ValueError("k_cache: got pages of 0 positions, takes at least 1")
+    checks.cache_rows("k_cache", k, seqlens, block_table, x.shape[0], f"B of {name}")
     checks.shape("v_cache", v, (*k.shape[:-1], v.shape[-1]), "k_cache's shape up to the last dimension")
     checks.same_device(name, x, k_cache=k, v_cache=v, seqlens=seqlens, block_table=block_table)
 

@@ -124,6 +124,31 @@ def within(name: str, x: Tensor | None, low: int, high: int, what: str) -> None:
         raise ValueError(f"{name}: got {wrong}, takes values in {low}..{high} ({what})")
 
 
+def packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Tensor | None:
+    """Offsets of packed sequences, of queries and of keys, or neither -> cu_seqlens_k, by default cu_seqlens_q."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: it needs cu_seqlens_q")
+        return None
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        tensor(name, cu, 1, "[B + 1]", INTEGERS)
+    shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
+    return cu_seqlens_k
+
+
+def cache_rows(name: str, cache: Tensor, seqlens: Tensor, block_table: Tensor | None, batch: int, rows: str) -> None:
+    """seqlens [B] and a cache [B, T, ...], or pages [P, page, ...] with block_table [B, max_pages]. rows: what B is called."""
+    tensor("seqlens", seqlens, 1, "[B]", INTEGERS)
+    shape("seqlens", seqlens, (batch,), "[B]")
+    if block_table is None:
+        return size(name, cache, 0, batch, rows)
+    tensor("block_table", block_table, 2, "[B, max_pages]", INTEGERS)
+    size("block_table", block_table, 0, batch, rows)
+    if cache.shape[1] == 0:
+        raise ValueError(f"{name}: got pages of 0 positions, takes at least 1")
+
+
 def lengths_and_pages(seqlens: Tensor, block_table: Tensor | None, cache: Tensor, name: str) -> None:
     """seqlens fit the cache, and every page that they use exists; entries past the end may hold anything."""
     if not checks_contents(seqlens):

@@ -83,11 +83,18 @@ class Op:
             return self.fake(*args)
         if self.check_contents is not None:
             self.check_contents(*args)
-        found = self.kernels[choice.backend].run(*args)
-        for i in self.written:  # kernels write through pointers: autograd is to notice, as with torch's own in-place ops
+        run = self.kernels[choice.backend].run
+        found = self._write(run, args) if self.written else run(*args)
+        return _contiguous(found) if choice.backend == "reference" else found
+
+    def _write(self, run: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """An op that writes into its arguments: no gradient goes there, and autograd notices, as with torch's own in-place ops."""
+        with torch.no_grad():
+            found = run(*args)
+        for i in self.written:
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
-        return _contiguous(found) if choice.backend == "reference" else found
+        return found
 
     def _all_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """torch drops trailing arguments that equal their schema default; put them back."""

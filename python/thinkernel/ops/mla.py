@@ -52,7 +52,7 @@ gather_latent_op = reference_op(
     "(Tensor kv_cache, Tensor seqlens, Tensor? block_table) -> Tensor",
     lambda kv, seqlens, table: kv.new_empty(
         seqlens.shape[0], kv.shape[1] * (1 if table is None else table.shape[1]),
-        576 if kv.dtype == torch.uint8 else kv.shape[-1],
+        reference.FP8_WIDTH if kv.dtype == torch.uint8 else kv.shape[-1],
         dtype=torch.bfloat16 if kv.dtype == torch.uint8 else kv.dtype,
     ),
     lambda kv, seqlens, table: reference.gather_latent(kv, seqlens=seqlens, block_table=table),
@@ -60,9 +60,8 @@ gather_latent_op = reference_op(
 
 
 def _append(kv_cache: Tensor, latent: Tensor, rope: Tensor, seqlens: Tensor, block_table: Tensor | None) -> None:
-    """Plain indexed copies. As with the kernels, no gradient goes into the cache."""
-    with torch.no_grad():
-        reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
+    """Plain indexed copies."""
+    reference.append_latent(kv_cache, latent, rope, seqlens=seqlens, block_table=block_table)
 
 
 append_latent_op.kernel("reference")(_append)
@@ -102,15 +101,7 @@ def check_latent_cache(kv_cache: Tensor, seqlens: Tensor, block_table: Tensor | 
     checks.tensor("kv_cache", kv_cache, 3, "[B, T, D] or pages [P, page, D]", _CACHE)
     if kv_cache.dtype == torch.uint8:
         checks.size("kv_cache", kv_cache, 2, FP8_BYTES, "bytes of an FP8 token")
-    checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
-    checks.shape("seqlens", seqlens, (batch,), "[B]")
-    if block_table is None:
-        checks.size("kv_cache", kv_cache, 0, batch, "B")
-    else:
-        checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
-        checks.size("block_table", block_table, 0, batch, "B")
-        if kv_cache.shape[1] == 0:
-            raise ValueError("kv_cache: got pages of 0 positions, takes at least 1")
+    checks.cache_rows("kv_cache", kv_cache, seqlens, block_table, batch, "B")
     checks.same_device("kv_cache", kv_cache, seqlens=seqlens, block_table=block_table)
 
 
@@ -139,7 +130,7 @@ def mla_decode(
     """
     checks.tensor("q", q, 4, "[B, Sq, H, D]")
     check_latent_cache(kv_cache, seqlens, block_table, q.shape[0])
-    width = 576 if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
+    width = reference.FP8_WIDTH if kv_cache.dtype == torch.uint8 else kv_cache.shape[-1]
     checks.size("q", q, 3, width, "D of kv_cache")
     if kv_cache.dtype != torch.uint8:
         checks.same_dtype("kv_cache", kv_cache, "q", q)
@@ -189,13 +180,12 @@ def append_latent(
     checks.tensor("rope", rope, 3, "[B, Sq, R]")
     checks.shape("rope", rope, (*latent.shape[:2], rope.shape[-1]), "[B, Sq, R] of latent")
     check_latent_cache(kv_cache, seqlens, block_table, latent.shape[0])
-    width = kv_cache.shape[-1]
     if kv_cache.dtype == torch.uint8:
-        width = reference.LATENT + reference.ROPE
         checks.size("latent", latent, 2, reference.LATENT, "values of an FP8 token's latent")
         checks.size("rope", rope, 2, reference.ROPE, "values of an FP8 token's rope")
-    elif latent.shape[-1] + rope.shape[-1] != width:
-        raise ValueError(f"rope: got {rope.shape[-1]} values beside {latent.shape[-1]}, takes {width} together (kv_cache)")
+    elif latent.shape[-1] + rope.shape[-1] != kv_cache.shape[-1]:
+        together = f"takes {kv_cache.shape[-1]} together (kv_cache)"
+        raise ValueError(f"rope: got {rope.shape[-1]} values beside {latent.shape[-1]}, {together}")
     checks.writable("kv_cache", kv_cache)
     checks.same_device("kv_cache", kv_cache, latent=latent, rope=rope)
     append_latent_op(kv_cache, latent, rope, seqlens, block_table)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from thinkernel.ops.dispatch import C
 from thinkernel.ops.memory import DTYPE_CODES, empty, pointer, rows_contiguous
-
-FP8_WIDTH = 576  # values of a quantised token
+from thinkernel.reference.mla import FP8_WIDTH
 
 
 def _misses(name: str, x: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from thinkernel.ops import checks, indexer_cpu, indexer_gpu, sparse_attention_gp
 from thinkernel.ops import sparse_backends as backends
 from thinkernel.ops.library import OPS, Op, gradients, reference_op
 from thinkernel.reference import sparse as reference
-from thinkernel.reference.mla import FP8_BYTES
+from thinkernel.reference.mla import FP8_BYTES, FP8_WIDTH
 
 KV = Tensor | tuple[Tensor, Tensor]
 
@@ -258,32 +258,19 @@ def _check_sequences(
     block_table: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """The sequences of q and of its keys k, the argument called `name`: packed, or rows of a batch or cache -> cu_seqlens_k."""
+    cu_seqlens_k = checks.packed(cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_q is not None:
         for option, given in (("seqlens", seqlens), ("block_table", block_table)):
             if given is not None:
                 raise ValueError(f"{option}: packed sequences (cu_seqlens_q) have no cache, so it must be None")
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        for option, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            checks.tensor(option, cu, 1, "[B + 1]", checks.INTEGERS)
-        checks.shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "cu_seqlens_q's shape")
-        checks.same_device("q", q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        return cu_seqlens_k
-    if cu_seqlens_k is not None:
-        raise ValueError("cu_seqlens_k: it needs cu_seqlens_q")
-    if seqlens is not None:
-        checks.tensor("seqlens", seqlens, 1, "[B]", checks.INTEGERS)
-        checks.shape("seqlens", seqlens, (q.shape[0],), "[B]")
-    if block_table is None:
-        checks.size(name, k, 0, q.shape[0], "B of q")
+    elif seqlens is not None:
+        checks.cache_rows(name, k, seqlens, block_table, q.shape[0], "B of q")
+    elif block_table is not None:
+        raise ValueError("seqlens: got None, needed with block_table")
     else:
-        if seqlens is None:
-            raise ValueError("seqlens: got None, needed with block_table")
-        checks.tensor("block_table", block_table, 2, "[B, max_pages]", checks.INTEGERS)
-        checks.size("block_table", block_table, 0, q.shape[0], "B of q")
-        if k.shape[1] == 0:
-            raise ValueError(f"{name}: got pages of 0 positions, takes at least 1")
-    checks.same_device("q", q, seqlens=seqlens, block_table=block_table)
-    return None
+        checks.size(name, k, 0, q.shape[0], "B of q")
+    checks.same_device("q", q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens=seqlens, block_table=block_table)
+    return cu_seqlens_k
 
 
 def _check_indexer(q: Tensor, k: Tensor, w: Tensor, packed: bool) -> None:
@@ -387,7 +374,7 @@ def sparse_attention(
         width = k.shape[-1]
         if k.dtype == torch.uint8:
             checks.size("kv", k, -1, FP8_BYTES, "bytes of an FP8 token")
-            width = backends.FP8_WIDTH
+            width = FP8_WIDTH
         checks.size("q", q, -1, width, "D of kv")
         value_dim = width if value_dim is None else value_dim
         checks.integer("value_dim", value_dim, 1)

@@ -83,8 +83,6 @@ def scatter_topk_gradient(grads: Sequence[Tensor | None], scores: Tensor, choose
 
 # ---- attention over selected keys ------------------------------------------------------------------------------
 
-FP8_WIDTH = 576  # values of a quantised latent
-
 
 def attention_covers(q: Tensor, kv: Tensor, v: Tensor | None, indices: Tensor, *rest: Any) -> str | None:
     return None if q.dtype in DTYPE_CODES else f"q: the C++ kernels take float32, bfloat16 and float16, not {q.dtype}"

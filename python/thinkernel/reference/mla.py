@@ -19,7 +19,7 @@ from torch import Tensor
 from .attention import append_cache, attention_decode, gather_cache
 
 LATENT, ROPE, GROUP = 512, 64, 128  # values of the FP8 layout: quantised, kept in bfloat16, sharing one scale
-FP8_BYTES = LATENT + 4 * (LATENT // GROUP) + 2 * ROPE
+FP8_WIDTH, FP8_BYTES = LATENT + ROPE, LATENT + 4 * (LATENT // GROUP) + 2 * ROPE  # values and bytes of a token
 E4M3_MAX, SMALLEST_SCALE = 448.0, 1e-4
 
 

@@ -125,3 +125,14 @@ ROWS = [
     _moba_row("moba-packed", lambda draw: _qkv(draw, 1, 0, 0, 4, 2, 16, 16, lengths=LENGTHS), 8, 2),
     _moba_row("moba-700", lambda draw: _qkv(draw, 1, 700, 700, 4, 2, 64, 64), 100, 3, small=False),
 ]
+
+
+def near_ties(scores: Tensor, forced: Tensor, found: Tensor, exact: Tensor) -> Tensor:
+    """Whether both choices are one, or their lowest float64 scores lie within 16 float32 ulps of the row's largest."""
+    lowest = []
+    for chosen in (found, exact):
+        at = chosen.clamp_min(0).long()
+        own = (chosen < 0) | forced.expand(scores.shape).gather(-1, at)
+        lowest.append(scores.gather(-1, at).masked_fill(own, torch.inf).amin(-1))
+    same = (found == exact).all(-1)
+    return same | ((lowest[0] - lowest[1]).abs() <= 16 * 2**-23 * scores.abs().amax(-1))
